@@ -1,0 +1,19 @@
+"""peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
+
+from .attention import prefix_attention
+from .config import PrefixPlusConfig
+from .geometry import PROBE_NAME, probe_attention
+from .layer import PrefixPlusLayer
+from .model import PrefixPlusModel
+from .registration import METHOD_NAME, register
+
+
+__all__ = [
+    "PrefixPlusConfig",
+    "PrefixPlusLayer",
+    "PrefixPlusModel",
+]
+
+__version__ = "0.1.0"
+
+register(PrefixPlusConfig, PrefixPlusModel, {METHOD_NAME: prefix_attention, PROBE_NAME: probe_attention})

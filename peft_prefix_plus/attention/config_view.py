@@ -1,0 +1,86 @@
+"""The view of a model's config that makes one attention module, and no other, call another attention function."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def reads_implementation(module_class: type[nn.Module]) -> bool:
+    """Whether the class's forward compares the name of the attention implementation with names it knows."""
+    constants = inspect.unwrap(module_class.forward).__code__.co_consts
+    names = {item for constant in constants for item in (constant if isinstance(constant, tuple) else (constant,))}
+    return not names.isdisjoint({"eager", "sdpa", "flex_attention"})
+
+
+class ImplementationName(str):
+    """
+    The name of an attention implementation that compares equal to it, and is looked up as another.
+
+    A few attention modules ask which implementation they run under (GPT-2, the sparse attention of DeepSeek 3.2): they
+    must see their model's own, while the registry of attention functions must find ours.
+    """
+
+    registered_name: str
+
+    def __new__(cls, name: str, registered_name: str) -> Self:
+        self = super().__new__(cls, name)
+        self.registered_name = registered_name
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or str.__eq__(self.registered_name, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.registered_name)
+
+
+class ConfigView:
+    """
+    A config that differs from the one it shows in `_attn_implementation` alone.
+
+    Reading and writing any other attribute reads and writes the model's own config.
+
+    Args:
+        config: The model's config.
+        implementation: The registered name of the attention function to call.
+        is_compared: Whether the module compares the name (see [`reads_implementation`]).
+    """
+
+    def __init__(self, config: Any, implementation: str, is_compared: bool = False) -> None:
+        vars(self).update(_config=config, _implementation=implementation, _is_compared=is_compared)
+
+    @property
+    def _attn_implementation(self) -> str:
+        if self._is_compared:
+            return ImplementationName(self._config._attn_implementation, self._implementation)
+        return self._implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._config, self._implementation, self._is_compared)
+
+
+def set_config(module: Any, config: Any) -> None:
+    """Give an attention module another config, or a view of its own."""
+    module.config = config
+
+
+def model_config(module: nn.Module) -> Any:
+    """Return the model's own config, whether or not the module has a view of it."""
+    config: Any = module.config
+    return config._config if isinstance(config, ConfigView) else config

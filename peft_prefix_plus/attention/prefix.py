@@ -1,0 +1,36 @@
+"""The prefix as it enters attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """
+    Keys and values that stand before the real ones in one attention module.
+
+    Attributes:
+        key (`torch.Tensor`): Shape (1 or batch, kv_heads, prefix_tokens, key_dim).
+        value (`torch.Tensor`): Shape (1 or batch, kv_heads, prefix_tokens, value_dim).
+        mask (`torch.Tensor`, *optional*): Shape (batch, prefix_tokens), True where a row sees the position; `None`
+            when every row sees every position.
+        gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
+            tanh(gate) times its attention is added to that of the base model.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+    def to(self, key: torch.Tensor, value: torch.Tensor) -> Prefix:
+        """Bring the prefix to the dtype and device of the real keys and values."""
+        return Prefix(
+            key=self.key.to(key.device, key.dtype),
+            value=self.value.to(value.device, value.dtype),
+            mask=None if self.mask is None else self.mask.to(key.device),
+            gate=None if self.gate is None else self.gate.to(value.device, value.dtype),
+        )

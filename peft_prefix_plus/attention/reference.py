@@ -1,0 +1,122 @@
+"""Attention with a prefix, by concatenation: the exact way that serves wherever the base implementation does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .prefix import Prefix
+
+
+AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+AttentionFunction = Callable[..., AttentionOutput]
+
+
+def concatenated_attention(
+    attend: AttentionFunction,
+    none_is_causal: bool,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prefix: Prefix,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """
+    softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V], through the base model's own attention function.
+
+    Every query sees every prefix position, whatever the mask says of the real tokens.
+
+    Args:
+        attend: The base model's attention function.
+        none_is_causal: Whether `attend` takes a missing mask to mean causal attention, where the module is causal.
+        module: The attention module.
+        query: Shape (batch, query_heads, tokens, key_dim).
+        key: Shape (batch, kv_heads, kv_tokens, key_dim).
+        value: Shape (batch, kv_heads, kv_tokens, value_dim).
+        attention_mask: Shape (1 or batch, 1 or query_heads, tokens, kv_tokens), bool or additive, or `None`.
+        prefix: The prefix, without a gate.
+        kwargs: Passed on. A `position_bias` is zero for the prefix.
+
+    Returns:
+        What `attend` returns: the output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch,
+        query_heads, tokens, prefix_tokens + kv_tokens), or `None`.
+    """
+    batch, length = key.shape[0], prefix.key.shape[2]
+    if attention_mask is None and none_is_causal:
+        attention_mask = _implied_causal_mask(module, query, key, kwargs.get("is_causal"))
+    if prefix.mask is not None and attention_mask is None:
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+    if attention_mask is not None:
+        attention_mask = _widen(attention_mask, length, prefix.mask)
+        if not none_is_causal and attention_mask.dtype == torch.bool and prefix.mask is not None:
+            attention_mask = _as_additive(attention_mask, query.dtype)
+    if kwargs.get("position_bias") is not None:
+        bias = kwargs["position_bias"]
+        kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], dim=-1)
+    key = torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=2)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _implied_causal_mask(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, is_causal: bool | None
+) -> torch.Tensor | None:
+    """
+    The mask (1, 1, tokens, kv_tokens) that sdpa's `is_causal` stands for (its diagonal starts at the top left), or
+    `None` where all is seen.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    tokens, kv_tokens = query.shape[2], key.shape[2]
+    if not causal or tokens == 1:
+        return None
+    return torch.ones(1, 1, tokens, kv_tokens, dtype=torch.bool, device=query.device).tril()
+
+
+def _widen(mask: torch.Tensor, length: int, prefix_mask: torch.Tensor | None) -> torch.Tensor:
+    """Put `length` visible columns before those of a mask (batch, heads, tokens, kv_tokens)."""
+    is_bool = mask.dtype == torch.bool
+    if prefix_mask is None:
+        shape = (*mask.shape[:-1], length)
+        columns = mask.new_ones(shape) if is_bool else mask.new_zeros(shape)
+    else:
+        columns = prefix_mask[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+        columns = columns if is_bool else _as_additive(columns, mask.dtype)
+        mask = mask.expand(columns.shape[0], -1, -1, -1)
+    return torch.cat([columns, mask], dim=-1)
+
+
+def _as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def gated_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
+    """
+    tanh(gate) · softmax(s · Q P_Kᵀ) P_V, the part that a gated prefix adds to the base model's attention.
+
+    See LLaMA-Adapter (arXiv 2303.16199), section 3.2.
+
+    Args:
+        query: Shape (batch, query_heads, tokens, key_dim).
+        prefix: A prefix with a gate.
+        scaling: s; `None` means key_dim ** -0.5.
+
+    Returns:
+        Shape (batch, tokens, query_heads, value_dim).
+    """
+    assert prefix.gate is not None
+    groups = query.shape[1] // prefix.key.shape[1]
+    grouped = query.unflatten(1, (prefix.key.shape[1], groups))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = grouped @ prefix.key.unsqueeze(2).transpose(-1, -2) * scale
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    attended = (weights @ prefix.value.unsqueeze(2)).flatten(1, 2)
+    gate = prefix.gate.tanh()[None, :, None, None]
+    if prefix.mask is not None:
+        # a gated adapter is the whole of a row's prefix or no part of it
+        gate = gate * prefix.mask.any(dim=-1)[:, None, None, None]
+    return (attended * gate).transpose(1, 2)

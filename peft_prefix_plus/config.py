@@ -1,0 +1,249 @@
+"""The configuration of a PREFIX_PLUS adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from transformers.activations import ACT2FN
+
+from .hub import update_model_card, write_atomically
+from .registration import PREFIX_PLUS
+
+
+REPARAMETERIZATIONS = ("none", "linear", "mlp")
+SHARINGS = ("none", "input", "projection", "all")
+INITIALIZATIONS = (True, False, "random", "zero")
+
+
+@dataclass
+class PrefixPlusConfig(PeftConfig):
+    """
+    Configuration of [`PrefixPlusModel`]: learned keys and values before the real ones in chosen attention modules.
+
+    Per attention module, with `L_p = num_virtual_tokens`:
+
+        out = softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V]
+
+    where the prefix (P_K, P_V) is learned directly or produced from a small learned input P' of shape
+    (L_p, `encoder_dim`). See Li & Liang, *Prefix-Tuning* (arXiv 2101.00190).
+
+    Args:
+        num_virtual_tokens (`int`, defaults to 20):
+            L_p, the number of prefix positions in every chosen attention module.
+        reparameterization (`str`, defaults to `"none"`):
+            `"none"`: the prefix itself is learned. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2.
+        sharing (`str`, defaults to `"projection"`):
+            What the layers share: `"none"`, `"input"` (P' and the MLP's first layer), `"projection"` (the projection
+            network) or `"all"`. Modules with another key/value shape have a projection of their own. Ignored for
+            `reparameterization="none"`.
+        encoder_dim (`int`, defaults to 64):
+            The width of P'.
+        encoder_hidden_size (`int`, *optional*):
+            The hidden width of the MLP; `None` means `encoder_dim`. Only with `reparameterization="mlp"`.
+        encoder_activation (`str`, defaults to `"tanh"`):
+            The MLP's activation, a name in `transformers.activations.ACT2FN`.
+        encoder_dropout (`float`, defaults to 0.0):
+            Dropout on the produced prefix, in training only.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            The layers to prefix; `None` means all. Negative numbers count from the last layer.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            The name of the module list that `layers_to_transform` counts in, if it is not the outermost one.
+        target_modules (`str` or `list[str]`, *optional*):
+            The attention modules to prefix, as name suffixes or one regular expression. `None` finds them: all
+            attention modules that a text input reaches.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Attention modules to leave out, as name suffixes or one regular expression.
+        encoder_prefix (`bool`, defaults to `True`):
+            In encoder-decoder models, prefix the encoder's self-attention.
+        cross_prefix (`bool`, defaults to `True`):
+            In encoder-decoder models, prefix the decoder's cross-attention.
+        prefix_scaling (`float`, *optional*):
+            Factor on what the encoder puts out; `None` means 1.0.
+        gating (`bool`, defaults to `False`):
+            Add the prefix's own attention, scaled by tanh of a learned per-head gate that starts at zero, to the
+            untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly
+            the base model.
+        init_weights (`bool` or `str`, defaults to `True`):
+            `True`: the default start, a small random prefix. `False` or `"random"`: a prefix of unit standard
+            deviation (and an open gate), which visibly changes the output. `"zero"`: keys and values of zero.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save in full, for instance a classification head.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a value out of its range, or two fields contradict each other.
+
+    Example:
+
+    ```py
+    >>> from peft_prefix_plus import PrefixPlusConfig
+
+    >>> config = PrefixPlusConfig(task_type="CAUSAL_LM", reparameterization="mlp", layers_to_transform=[-2, -1])
+    >>> config.peft_type.value, config.is_prompt_learning
+    ('PREFIX_PLUS', False)
+
+    ```
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
+    reparameterization: str = field(
+        default="none", metadata={"help": "How the prefix is produced: 'none', 'linear' or 'mlp'."}
+    )
+    sharing: str = field(
+        default="projection",
+        metadata={"help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none'."},
+    )
+    encoder_dim: int = field(default=64, metadata={"help": "Width of the learned input of the reparameterization."})
+    encoder_hidden_size: int | None = field(
+        default=None, metadata={"help": "Hidden width of the MLP reparameterization; None means encoder_dim."}
+    )
+    encoder_activation: str = field(default="tanh", metadata={"help": "Activation of the MLP reparameterization."})
+    encoder_dropout: float = field(default=0.0, metadata={"help": "Dropout on the produced prefix, in training only."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Layers to prefix; None means all, negative numbers count from the last layer."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Attention modules to prefix (name suffixes or a regex); None finds them."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention modules to leave out (name suffixes or a regex)."}
+    )
+    encoder_prefix: bool = field(
+        default=True, metadata={"help": "Encoder-decoder models: prefix the encoder's self-attention."}
+    )
+    cross_prefix: bool = field(
+        default=True, metadata={"help": "Encoder-decoder models: prefix the decoder's cross-attention."}
+    )
+    prefix_scaling: float | None = field(
+        default=None, metadata={"help": "Factor on what the encoder puts out; None means 1.0."}
+    )
+    gating: bool = field(
+        default=False, metadata={"help": "Zero-initialised per-head gate on the prefix: a no-op at the start."}
+    )
+    init_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True: the default start. False or 'random': unit standard deviation. 'zero': zeros."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PREFIX_PLUS
+        self._check_types()
+        self._check_values()
+        self._check_contradictions()
+
+    def _check_types(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_dim", "encoder_hidden_size"):
+            value = getattr(self, name)
+            if not _is_integer(value) and not (name == "encoder_hidden_size" and value is None):
+                raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+        for name in ("encoder_dropout", "prefix_scaling"):
+            value = getattr(self, name)
+            if not _is_real(value) and not (name == "prefix_scaling" and value is None):
+                raise TypeError(f"`{name}` must be a float, got {value!r} of type {type(value).__name__}.")
+        for name in ("encoder_prefix", "cross_prefix", "gating"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            is_names = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+            is_pattern = isinstance(value, str) and name != "modules_to_save"
+            if not (value is None or is_names or is_pattern):
+                expected = "a list of names" if name == "modules_to_save" else "a string or a list of strings"
+                raise TypeError(f"`{name}` must be {expected} or None, got {value!r}.")
+            if is_names:
+                setattr(self, name, list(value))
+        layers = self.layers_to_transform
+        if isinstance(layers, (tuple, set, range)):
+            layers = self.layers_to_transform = sorted(layers) if isinstance(layers, set) else list(layers)
+        is_list = isinstance(layers, list) and all(_is_integer(item) for item in layers)
+        if not (layers is None or _is_integer(layers) or is_list):
+            raise TypeError(f"`layers_to_transform` must be an int, a list of ints or None, got {layers!r}.")
+
+    def _check_values(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_dim", "encoder_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, allowed in (("reparameterization", REPARAMETERIZATIONS), ("sharing", SHARINGS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        if self.encoder_activation not in ACT2FN:
+            raise ValueError(
+                f"`encoder_activation` must be a name in transformers' ACT2FN, got {self.encoder_activation!r}. "
+                f"Allowed: {', '.join(sorted(ACT2FN))}."
+            )
+        if not 0.0 <= self.encoder_dropout < 1.0:
+            raise ValueError(f"`encoder_dropout` must be in [0, 1), got {self.encoder_dropout}.")
+        if self.prefix_scaling is not None and not (math.isfinite(self.prefix_scaling) and self.prefix_scaling > 0):
+            raise ValueError(f"`prefix_scaling` must be a positive, finite number, got {self.prefix_scaling}.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALIZATIONS:
+            raise ValueError(
+                f"`init_weights` must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {self.init_weights!r}."
+            )
+        for name in ("layers_to_transform", "target_modules"):
+            if getattr(self, name) == []:
+                raise ValueError(f"`{name}` is an empty list, which selects nothing. Use None to select everything.")
+
+    def _check_contradictions(self) -> None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` is set but `layers_to_transform` is not; set both or neither.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a string: a regular expression names "
+                "the layers itself. Give `target_modules` as a list of suffixes, or put the layers into the pattern."
+            )
+        if self.encoder_hidden_size is not None and self.reparameterization != "mlp":
+            raise ValueError(
+                f"`encoder_hidden_size` is {self.encoder_hidden_size}, but `reparameterization` is "
+                f"{self.reparameterization!r} and has no hidden layer. Use reparameterization='mlp' or leave it None."
+            )
+        if self.gating and self.init_weights == "zero":
+            raise ValueError(
+                "`gating=True` with `init_weights='zero'` never learns: a closed gate passes no gradient to the "
+                "prefix and a prefix of zeros none to the gate. Use init_weights=True."
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """
+        Save `adapter_config.json` in a directory and, where that has a model card, say in it how to load the adapter.
+
+        Args:
+            save_directory (`str`): The directory, made if it does not exist.
+            kwargs: `auto_mapping_dict`, as in [`PeftConfig.save_pretrained`].
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a directory, got the file {save_directory!r}.")
+        os.makedirs(save_directory, exist_ok=True)
+        fields = self.to_dict()
+        auto_mapping = kwargs.pop("auto_mapping_dict", None)
+        if auto_mapping is not None:
+            fields["auto_mapping"] = auto_mapping
+        write_atomically(
+            os.path.join(save_directory, "adapter_config.json"), json.dumps(fields, indent=2, sort_keys=True)
+        )
+        update_model_card(save_directory, fields)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

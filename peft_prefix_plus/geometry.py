@@ -1,0 +1,198 @@
+"""Finding a model's attention modules, their kind, and the shape that their keys and values really have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import (
+    ConfigView,
+    base_attention_function,
+    eager_attention_function,
+    model_config,
+    reads_implementation,
+    set_config,
+)
+from .encoders import KVShape
+
+
+PROBE_NAME = "prefix_plus_probe"
+"""The name under which [`probe_attention`] is registered with transformers."""
+
+DECODER_TOKENS, ENCODER_TOKENS = 2, 3
+"""Lengths of the probe's inputs. They differ, so that lengths tell cross-attention and encoder from the decoder."""
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """
+    What a prefix must know of an attention module.
+
+    Attributes:
+        kind (`str`): `"self"`, or in an encoder-decoder model `"encoder"` (its self-attention) or `"cross"`.
+        shape (`KVShape`): Heads and dims of its keys and values.
+        num_query_heads (`int`): Heads of its queries.
+    """
+
+    kind: str
+    shape: KVShape
+    num_query_heads: int
+
+
+def is_attention_module(module: nn.Module) -> bool:
+    """Whether a module computes its attention through transformers' attention interface."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", _no_code).co_names and hasattr(module, "config")
+
+
+_no_code = (lambda: None).__code__
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules of a model by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_attention_module(module)}
+
+
+class _ProbeView(ConfigView):
+    """The view of a config under which a module records its geometry."""
+
+    def __init__(self, config: Any, record: Callable[..., None], is_compared: bool) -> None:
+        super().__init__(config, PROBE_NAME, is_compared)
+        vars(self)["record"] = record
+
+
+def probe_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function of the probe: record what comes in, then do what the base model does."""
+    module.config.record(query, key, value)
+    attend = base_attention_function(module, eager_attention_function(type(module)))
+    return attend(module, query, key, value, *args, **kwargs)
+
+
+@contextmanager
+def recording(modules: dict[str, nn.Module], record: Callable[..., None]) -> Iterator[None]:
+    """
+    Call `record(name, query, key, value)` whenever one of the modules computes attention.
+
+    Prefixes that the modules carry have no effect meanwhile, and everything is as before afterwards.
+    """
+    configs = {name: module.config for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+
+            def record_module(*tensors: torch.Tensor, name: str = name) -> None:
+                record(name, *tensors)
+
+            set_config(module, _ProbeView(model_config(module), record_module, reads_implementation(type(module))))
+        yield
+    finally:
+        for name, module in modules.items():
+            set_config(module, configs[name])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and dropout, and leave every module's training flag as it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, AttentionGeometry]:
+    """
+    Determine the geometry of the attention modules that a model's main input reaches, by one tiny forward.
+
+    Shapes are read where the keys and values enter attention, not from the config: that is right for grouped heads,
+    latent attention, layers of different shape and hybrid models. On a model on the meta device it computes nothing.
+
+    Args:
+        model (`nn.Module`): The model.
+        wanted (`Collection[str]`): Names of further attention modules, reached through the main input of the submodel
+            that they belong to (a vision tower).
+
+    Returns:
+        `dict[str, AttentionGeometry]`: By module name, in the model's order.
+
+    Raises:
+        ValueError: If nothing is reached, or a wanted module is not.
+    """
+    modules = attention_modules(model)
+    found: dict[str, AttentionGeometry] = {}
+    is_encoder_decoder = False
+
+    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        kind = "self"
+        if is_encoder_decoder and query.shape[2] != DECODER_TOKENS:
+            kind = "encoder"
+        elif is_encoder_decoder and key.shape[2] != DECODER_TOKENS:
+            kind = "cross"
+        shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
+        found.setdefault(name, AttentionGeometry(kind, shape, query.shape[1]))
+
+    for prefix, submodel in _outermost_first(model):
+        members = [name for name in modules if name.startswith(prefix)]
+        targets = [name for name in members if name in wanted] if found else members
+        if all(name in found for name in targets):
+            continue
+        is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
+        with recording(modules, record), evaluating(submodel):
+            try:
+                submodel(**probe_inputs(submodel))
+            except Exception as error:
+                # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
+                if not all(name in found for name in members):
+                    raise ValueError(
+                        f"Could not determine the shapes of the keys and values of {type(submodel).__name__}: a "
+                        f"forward with {sorted(probe_inputs(submodel))} failed ({type(error).__name__}: {error})."
+                    ) from error
+
+    unreached = [name for name in wanted if name not in found]
+    if unreached or not found:
+        names = ", ".join(unreached) or f"any attention module of {type(model).__name__}"
+        raise ValueError(
+            f"Could not determine the shape of the keys and values of {names}: a forward of the model does not reach "
+            "their attention. Name only attention modules that its main input reaches, in `target_modules`."
+        )
+    return {name: found[name] for name in modules if name in found}
+
+
+def _outermost_first(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """The transformers models in a model, itself first, each with the prefix that its modules' names have."""
+    return [
+        (f"{name}." if name else "", module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    ]
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the smallest inputs that a model's forward takes, by its main input's name."""
+    config, device = model.config, model.device
+    sizes = {"encoder": DECODER_TOKENS}
+    inputs: dict[str, torch.Tensor] = {}
+    if getattr(config, "is_encoder_decoder", False):
+        sizes["encoder"] = ENCODER_TOKENS
+        inputs["decoder_input_ids"] = torch.ones(1, DECODER_TOKENS, dtype=torch.long, device=device)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        inputs["pixel_values"] = torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=device)
+    elif model.main_input_name == "input_features":
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype, device=device)
+    else:
+        inputs["input_ids"] = torch.ones(1, sizes["encoder"], dtype=torch.long, device=device)
+    return inputs

@@ -1,0 +1,185 @@
+"""The prefixes of one attention module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .attention import ConfigView, Prefix, eager_attention_function, model_config, reads_implementation, set_config
+from .encoders import DirectEncoder, KVShape, ProjectedEncoder
+from .registration import METHOD_NAME
+
+
+if TYPE_CHECKING:
+    from .config import PrefixPlusConfig
+    from .geometry import AttentionGeometry
+
+
+class PrefixPlusLayer(nn.Module, BaseTunerLayer):
+    """
+    The prefixes of one attention module, by adapter; a child of that module.
+
+    Per adapter, with the encoder of its reparameterization:
+
+        (P_K, P_V) = scaling · dropout(encoder())
+
+    Several active adapters' prefixes stand one after the other.
+
+    Args:
+        attention (`nn.Module`): The attention module.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
+    other_param_names: tuple[str, ...] = ("scaling", "dropout")
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.prefix_plus_encoder = nn.ModuleDict({})
+        self.prefix_plus_gate = nn.ParameterDict({})
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.eager_attention = eager_attention_function(type(attention))
+        self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
+        self._active_adapter = []
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module that this layer is a child of."""
+        return self._attention[0]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PrefixPlusConfig,
+        geometry: AttentionGeometry,
+        shared_parts: MutableMapping[tuple[str, KVShape | None], nn.Module],
+    ) -> None:
+        """
+        Add an adapter.
+
+        Args:
+            adapter_name (`str`): Its name.
+            config (`PrefixPlusConfig`): Its configuration.
+            geometry (`AttentionGeometry`): The attention module's geometry.
+            shared_parts (`MutableMapping`): Encoder parts that the adapter's layers share; added to.
+        """
+        encoder: DirectEncoder | ProjectedEncoder
+        if config.reparameterization == "none":
+            encoder = DirectEncoder(config.num_virtual_tokens, geometry.shape)
+        else:
+            hidden_size = (
+                (config.encoder_hidden_size or config.encoder_dim) if config.reparameterization == "mlp" else None
+            )
+            encoder = ProjectedEncoder(
+                config.num_virtual_tokens,
+                geometry.shape,
+                config.encoder_dim,
+                hidden_size,
+                config.encoder_activation,
+                config.sharing,
+                shared_parts,
+            )
+        encoder.initialize_parameters(config.init_weights)
+        self.prefix_plus_encoder[adapter_name] = encoder
+        if config.gating:
+            is_open = config.init_weights in (False, "random")
+            self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
+        self.scaling[adapter_name] = 1.0 if config.prefix_scaling is None else float(config.prefix_scaling)
+        self.dropout[adapter_name] = float(config.encoder_dropout)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that this layer holds for an adapter (a shared one is held by one layer only)."""
+        if adapter_name in self.prefix_plus_encoder:
+            yield from self.prefix_plus_encoder[adapter_name].parameters()
+        if adapter_name in self.prefix_plus_gate:
+            yield self.prefix_plus_gate[adapter_name]
+
+    def prefix_key_value(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an adapter's keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
+        key, value = self.prefix_plus_encoder[adapter_name]()
+        scaling, dropout = self.scaling[adapter_name], self.dropout[adapter_name]
+        if dropout > 0.0:
+            key = nn.functional.dropout(key, dropout, self.training)
+            value = nn.functional.dropout(value, dropout, self.training)
+        return (key, value) if scaling == 1.0 else (key * scaling, value * scaling)
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Prefix | None, tuple[Prefix, ...]]:
+        """
+        Return the prefixes of the active adapters.
+
+        Args:
+            key (`torch.Tensor`): The real keys, (batch, kv_heads, kv_tokens, key_dim): their dtype and device count.
+            value (`torch.Tensor`): The real values, (batch, kv_heads, kv_tokens, value_dim).
+
+        Returns:
+            `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that have a gate.
+        """
+        if self.disable_adapters:
+            return None, ()
+        prefixes = []
+        for adapter_name in self.active_adapters:
+            if adapter_name not in self.prefix_plus_encoder:
+                continue
+            prefix_key, prefix_value = self.prefix_key_value(adapter_name)
+            gate = self.prefix_plus_gate.get(adapter_name)
+            prefixes.append(Prefix(prefix_key.unsqueeze(0), prefix_value.unsqueeze(0), gate=gate).to(key, value))
+        joined = [prefix for prefix in prefixes if prefix.gate is None]
+        gated = tuple(prefix for prefix in prefixes if prefix.gate is not None)
+        if len(joined) <= 1:
+            return (joined[0] if joined else None), gated
+        return (
+            Prefix(
+                torch.cat([prefix.key for prefix in joined], dim=2),
+                torch.cat([prefix.value for prefix in joined], dim=2),
+            ),
+            gated,
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Delete an adapter from this layer.
+
+        What is active next is the tuner's to say: this layer cannot know which adapters the other layers have.
+        """
+        for attribute in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in getattr(self, attribute):
+                del getattr(self, attribute)[adapter_name]
+        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        tensors = [tensor for name, tensor in self.attention.named_parameters() if not name.startswith(METHOD_NAME)]
+        if not tensors:
+            return
+        device = tensors[0].device if device is None else device
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        if device.type != "meta" and any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
+            return  # built empty, to be filled by a checkpoint
+        if adapter_name in self.prefix_plus_encoder:
+            self.prefix_plus_encoder[adapter_name].to(device=device, dtype=dtype)
+        if adapter_name in self.prefix_plus_gate:
+            self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(device=device, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"{METHOD_NAME}.{super().__repr__()}"
+
+
+def attach(attention: nn.Module) -> PrefixPlusLayer:
+    """Return the attention module's [`PrefixPlusLayer`], made if it has none."""
+    layer = getattr(attention, METHOD_NAME, None)
+    if layer is None:
+        layer = PrefixPlusLayer(attention)
+        attention.add_module(METHOD_NAME, layer)
+        set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
+    return layer
+
+
+def detach(attention: nn.Module) -> None:
+    """Leave the attention module as it was before [`attach`]."""
+    set_config(attention, model_config(attention))
+    delattr(attention, METHOD_NAME)

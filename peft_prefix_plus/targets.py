@@ -1,0 +1,125 @@
+"""Which attention modules an adapter prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from peft.utils.other import match_target_against_key
+from torch import nn
+
+from .config import PrefixPlusConfig
+from .geometry import AttentionGeometry, attention_modules, probe
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    The attention modules that an adapter prefixes.
+
+    Attributes:
+        modules (`dict[str, AttentionGeometry]`): The chosen modules by name, in the model's order.
+        excluded (`frozenset[str]`): Attention modules that `exclude_modules` left out.
+    """
+
+    modules: dict[str, AttentionGeometry]
+    excluded: frozenset[str]
+
+
+def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
+    """
+    Choose the attention modules that a configuration names, and determine their geometry.
+
+    Args:
+        model (`nn.Module`): The model, which is left as it is.
+        config (`PrefixPlusConfig`): The configuration.
+
+    Raises:
+        ValueError: If the model has no attention modules, or the configuration names none or some that do not exist.
+    """
+    candidates = list(attention_modules(model))
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no attention module that PREFIX_PLUS can prefix: none of its modules computes "
+            "attention through transformers' attention interface. Use a model with attention, or another PEFT method."
+        )
+    targets = config.target_modules
+    named = [] if targets is None else [name for name in candidates if _matches(targets, name)]
+    if targets is not None and not named:
+        raise ValueError(
+            f"`target_modules` is {targets!r}, which names no attention module of {type(model).__name__}. Its attention "
+            f"modules are {_examples(candidates)}; name them by suffix or by one regular expression, or use None."
+        )
+    geometries = probe(model, wanted=named)
+    chosen = list(geometries) if targets is None else named
+    excluded = [name for name in chosen if config.exclude_modules and _matches(config.exclude_modules, name)]
+    chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
+    kinds = {"self", *(["encoder"] if config.encoder_prefix else []), *(["cross"] if config.cross_prefix else [])}
+    chosen = [name for name in chosen if geometries[name].kind in kinds]
+    if not chosen:
+        raise ValueError(
+            f"`encoder_prefix` is {config.encoder_prefix} and `cross_prefix` is {config.cross_prefix}, which leaves no "
+            "attention module among those chosen."
+        )
+    if config.layers_to_transform is not None:
+        chosen = _restrict_to_layers(model, chosen, config)
+    return Selection({name: geometries[name] for name in chosen}, frozenset(excluded))
+
+
+def _matches(targets: str | Collection[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return bool(match_target_against_key(targets, name))
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
+    """Keep the modules whose layer `layers_to_transform` names; negative numbers count from each stack's last layer."""
+    assert config.layers_to_transform is not None
+    wanted = (
+        config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
+    )
+    stacks: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        stack, index = _layer_of(name, config.layers_pattern)
+        if stack is not None:
+            stacks.setdefault(stack, []).append((index, name))
+    if not stacks:
+        raise ValueError(
+            f"`layers_to_transform` is {config.layers_to_transform}, but no attention module lies in a numbered layer "
+            f"(`layers_pattern` is {config.layers_pattern!r}). The modules are {_examples(list(names))}."
+        )
+    lengths = {stack: len(model.get_submodule(stack)) for stack in stacks}  # type: ignore[arg-type]
+    chosen: set[str] = set()
+    for layer in wanted:
+        hits = {
+            name
+            for stack, members in stacks.items()
+            for index, name in members
+            if index == (layer + lengths[stack] if layer < 0 else layer)
+        }
+        if not hits:
+            with_attention = {stack: sorted({index for index, _ in members}) for stack, members in stacks.items()}
+            raise ValueError(
+                f"`layers_to_transform` names layer {layer}, which is out of range or has no attention module to "
+                f"prefix. The layers that have one are {with_attention}; negative numbers count from the last layer."
+            )
+        chosen |= hits
+    return [name for name in names if name in chosen]
+
+
+def _layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:
+    """Split a module's name into the name of its stack of layers and its layer's index, as PEFT counts layers."""
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        match = re.match(rf"(?P<stack>(?:|.*?\.)(?:{pattern}))\.(?P<index>\d+)\.", name)
+        if match is not None:
+            return match["stack"], int(match["index"])
+    return None, -1
+
+
+def _examples(names: Collection[str], limit: int = 4) -> str:
+    shown = ", ".join(list(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} … ({len(names)} in all)"
