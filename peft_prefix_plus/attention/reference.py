@@ -54,13 +54,18 @@ def concatenated_attention(
     if attention_mask is not None:
         attention_mask = _widen(attention_mask, length, prefix.mask)
         if not none_is_causal and attention_mask.dtype == torch.bool and prefix.mask is not None:
-            attention_mask = _as_additive(attention_mask, query.dtype)
+            attention_mask = finite_additive(attention_mask, query.dtype)
     if kwargs.get("position_bias") is not None:
         bias = kwargs["position_bias"]
         kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], dim=-1)
     key = torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=2)
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def is_causal_call(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether sdpa takes a missing mask to mean causal attention: by the call's argument, else by the module."""
+    return bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
 
 
 def _implied_causal_mask(
@@ -70,9 +75,8 @@ def _implied_causal_mask(
     The mask (1, 1, tokens, kv_tokens) that sdpa's `is_causal` stands for (its diagonal starts at the top left), or
     `None` where all is seen.
     """
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     tokens, kv_tokens = query.shape[2], key.shape[2]
-    if not causal or tokens == 1:
+    if tokens == 1 or not is_causal_call(module, is_causal):
         return None
     return torch.ones(1, 1, tokens, kv_tokens, dtype=torch.bool, device=query.device).tril()
 
@@ -85,13 +89,17 @@ def _widen(mask: torch.Tensor, length: int, prefix_mask: torch.Tensor | None) ->
         columns = mask.new_ones(shape) if is_bool else mask.new_zeros(shape)
     else:
         columns = prefix_mask[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-        columns = columns if is_bool else _as_additive(columns, mask.dtype)
+        columns = columns if is_bool else finite_additive(columns, mask.dtype)
         mask = mask.expand(columns.shape[0], -1, -1, -1)
     return torch.cat([columns, mask], dim=-1)
 
 
-def _as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def finite_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a mask, bool or additive, into an additive one whose masked positions have the lowest finite number."""
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.to(dtype).clamp(min=lowest)
 
 
 def gated_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:

@@ -1,0 +1,321 @@
+"""The attention itself: both ways of computing it against the formula in float64."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from peft_prefix_plus.attention import Prefix, dispatch
+from peft_prefix_plus.attention.config_view import ConfigView
+
+
+BATCH, HEADS, KV_HEADS, DIM, LENGTH = 2, 4, 2, 8, 5
+
+# float32 sums of a few hundred products of numbers around 1 keep about six digits; bfloat16 keeps about three.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def formula(query, key, value, prefixes, scale, visible, bias=None):
+    """softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V] in float64; `visible` is (batch, tokens, kv_tokens), bool."""
+    query, key, value = query.double(), key.double(), value.double()
+    batch, heads, tokens, _ = query.shape
+    groups = heads // key.shape[1]
+    for prefix in reversed(prefixes):
+        key = torch.cat([prefix.key.double().expand(batch, -1, -1, -1), key], dim=2)
+        value = torch.cat([prefix.value.double().expand(batch, -1, -1, -1), value], dim=2)
+    columns = []
+    for prefix in prefixes:
+        length = prefix.key.shape[2]
+        sees = torch.ones(batch, length, dtype=torch.bool) if prefix.mask is None else prefix.mask
+        columns.append(sees[:, None, :].expand(-1, tokens, -1))
+    visible = torch.cat([*columns, visible], dim=-1)
+    scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2) * scale
+    if bias is not None:
+        scores[..., -bias.shape[-1] :] += bias.double()
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    return (scores.softmax(-1) @ value.repeat_interleave(groups, dim=1)).transpose(1, 2)
+
+
+class Attention(torch.nn.Module):
+    """As much of an attention module as an attention function sees, with given prefixes."""
+
+    def __init__(self, implementation, prefixes, is_causal=True):
+        super().__init__()
+        self.config = ConfigView(types.SimpleNamespace(_attn_implementation=implementation), "prefix_plus")
+        self.num_key_value_groups = HEADS // KV_HEADS
+        self.is_causal = is_causal
+        joined = None
+        if prefixes:
+            mask = prefixes[0].mask
+            joined = Prefix(torch.cat([p.key for p in prefixes], 2), torch.cat([p.value for p in prefixes], 2), mask)
+        prefix_layer = types.SimpleNamespace(eager_attention=eager_attention_forward)
+        self.prefix_plus = _Layer(lambda key, value: (joined and joined.to(key, value), ()), prefix_layer)
+
+    def attend(self, query, key, value, mask=None, **kwargs):
+        return dispatch.prefix_attention(self, query, key, value, mask, **kwargs)
+
+
+class _Layer:
+    def __init__(self, forward, attributes):
+        self.forward, self.eager_attention = forward, attributes.eager_attention
+
+    def __call__(self, key, value):
+        return self.forward(key, value)
+
+
+def tensors(tokens=7, kv_tokens=None, key_dim=DIM, value_dim=DIM, dtype=torch.float32, prefixes=1, rows=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    kv_tokens = tokens if kv_tokens is None else kv_tokens
+    query = normal(BATCH, tokens, HEADS, key_dim).transpose(1, 2)
+    key = normal(BATCH, KV_HEADS, kv_tokens, key_dim)
+    value = normal(BATCH, KV_HEADS, kv_tokens, value_dim)
+    made = [
+        Prefix(normal(rows, KV_HEADS, LENGTH + i, key_dim), normal(rows, KV_HEADS, LENGTH + i, value_dim))
+        for i in range(prefixes)
+    ]
+    return query, key, value, made
+
+
+def causal(tokens, kv_tokens):
+    offset = kv_tokens - tokens
+    return torch.ones(tokens, kv_tokens, dtype=torch.bool).tril(offset).expand(BATCH, -1, -1)
+
+
+def additive(visible, dtype=torch.float32):
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+@pytest.fixture(params=["fused", "concatenated"])
+def way(request, monkeypatch):
+    """Each way of computing sdpa attention, and proof that it is the one that ran."""
+    called = []
+    if request.param == "concatenated":
+        monkeypatch.setitem(dispatch.FUSED_EXCLUSIONS, "the test", lambda call: True)
+    for name in ("fused_attention", "concatenated_attention"):
+        original = getattr(dispatch, name)
+
+        def spy(*args, original=original, name=name, **kwargs):
+            called.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dispatch, name, spy)
+    yield request.param
+    assert set(called) == {f"{request.param}_attention"}
+
+
+SDPA_CASES = {
+    "causal, no mask": ({}, lambda t, s: None, causal),
+    "bidirectional, no mask": ({"is_causal": False}, lambda t, s: None, lambda t, s: torch.ones(BATCH, t, s).bool()),
+    "a bool mask": ({}, lambda t, s: padded(t, s)[:, None], lambda t, s: padded(t, s)),
+    "an additive mask": ({}, lambda t, s: additive(padded(t, s))[:, None], lambda t, s: padded(t, s)),
+    "a mask shared by the rows": ({}, lambda t, s: causal(t, s)[:1, None], causal),
+    "-inf in the mask": (
+        {},
+        lambda t, s: torch.zeros(BATCH, 1, t, s).masked_fill(~padded(t, s)[:, None], -torch.inf),
+        lambda t, s: padded(t, s),
+    ),
+}
+
+
+def padded(tokens, kv_tokens):
+    """A causal mask whose first row is padded on the left: its first queries see no real token at all."""
+    visible = causal(tokens, kv_tokens).clone()
+    visible[0, :, :2] = False
+    return visible
+
+
+@pytest.mark.parametrize("case", SDPA_CASES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("prefixes", [1, 2])
+def test_sdpa_with_a_prefix_is_the_formula(way, case, dtype, prefixes):
+    kwargs, make_mask, make_visible = SDPA_CASES[case]
+    query, key, value, made = tensors(dtype=dtype, prefixes=prefixes)
+    mask = make_mask(7, 7)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype) if "inf" not in case else mask.to(dtype)
+    output, _ = Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3, **kwargs)
+    expected = formula(query, key, value, made, 0.3, make_visible(7, 7))
+    assert output.dtype == dtype and output.is_contiguous()
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 3)
+
+
+@pytest.mark.parametrize("tokens, kv_tokens", [(1, 1), (1, 9), (4, 9)])
+def test_queries_after_cached_keys_are_the_formula(way, tokens, kv_tokens):
+    query, key, value, made = tensors(tokens, kv_tokens)
+    mask = None if tokens == 1 else causal(tokens, kv_tokens)[:, None]
+    output, _ = Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3)
+    expected = formula(query, key, value, made, 0.3, causal(tokens, kv_tokens))
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_unused_rest_of_a_static_cache_is_not_seen(way):
+    query, key, value, made = tensors(4, 9)
+    output, _ = Attention("sdpa", made).attend(query, key, value, None, scaling=0.3)
+    expected = formula(query, key[:, :, :4], value[:, :, :4], made, 0.3, causal(4, 4))
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_dim, value_dim", [(12, 8), (8, 8)])
+def test_values_may_be_narrower_than_keys(way, key_dim, value_dim):
+    query, key, value, made = tensors(key_dim=key_dim, value_dim=value_dim)
+    output, _ = Attention("sdpa", made).attend(query, key, value, None)
+    expected = formula(query, key, value, made, key_dim**-0.5, causal(7, 7))
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_may_have_prefixes_of_their_own(way):
+    query, key, value, (prefix,) = tensors(rows=BATCH)
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[1, 2:] = False
+    made = [Prefix(prefix.key, prefix.value, mask)]
+    for attention_mask, visible in ((None, causal(7, 7)), (padded(7, 7)[:, None], padded(7, 7))):
+        output, _ = Attention("sdpa", made).attend(query, key, value, attention_mask, scaling=0.3)
+        expected = formula(query, key, value, made, 0.3, visible)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize("value_dim", [DIM, DIM - 2])
+def test_gradients_are_the_formulas(way, masked, rows, value_dim):
+    query, key, value, (prefix,) = tensors(dtype=torch.float64, rows=rows, value_dim=value_dim)
+    leaves = [tensor.contiguous().requires_grad_() for tensor in (query, key, value, prefix.key, prefix.value)]
+    visible = padded(7, 7) if masked else causal(7, 7)
+    mask = visible[:, None] if masked else None
+
+    def attend(query, key, value, prefix_key, prefix_value):
+        made = [Prefix(prefix_key, prefix_value)]
+        return Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3)[0]
+
+    expected = formula(*leaves[:3], [Prefix(*leaves[3:])], 0.3, visible)
+    weights = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
+    gradients = torch.autograd.grad((attend(*leaves) * weights).sum(), leaves)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
+    assert torch.autograd.gradcheck(attend, leaves, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_gradients_in_low_precision_are_close_to_the_formulas(way, dtype, tolerance):
+    query, key, value, (prefix,) = tensors(tokens=64, dtype=dtype)
+    low = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value, prefix.key, prefix.value)]
+    high = [tensor.detach().double().requires_grad_() for tensor in low]
+    output, _ = Attention("sdpa", [Prefix(*low[3:])]).attend(*low[:3], None, scaling=0.3)
+    expected = formula(*high[:3], [Prefix(*high[3:])], 0.3, causal(64, 64))
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad((output * weights.to(dtype)).sum(), low)
+    for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
+        # relative to the largest entry: sums over 64 tokens are larger than 1
+        assert (gradient.double() - reference).abs().max() <= tolerance * reference.abs().max().clamp(min=1)
+
+
+def test_only_the_gradients_asked_for_are_computed(way):
+    query, key, value, (prefix,) = tensors()
+    prefix.key.requires_grad_()
+    output, _ = Attention("sdpa", [prefix]).attend(query, key, value)
+    output.sum().backward()
+    assert prefix.key.grad is not None and prefix.value.grad is None and query.grad is None
+
+
+def test_the_attention_can_be_used_twice_in_one_graph(way):
+    query, key, value, (prefix,) = tensors(dtype=torch.float64)
+    prefix.key.requires_grad_()
+
+    def twice(prefix_key):
+        attention = Attention("sdpa", [Prefix(prefix_key, prefix.value)])
+        once = attention.attend(query, key, value)[0].transpose(1, 2)
+        return attention.attend(once, key, value)[0]
+
+    assert torch.autograd.gradcheck(twice, [prefix.key], atol=1e-6)
+
+
+EAGER_CASES = {
+    "no mask": (lambda: None, lambda: torch.ones(BATCH, 7, 7).bool()),
+    "an additive mask": (lambda: additive(padded(7, 7))[:, None], lambda: padded(7, 7)),
+}
+
+
+@pytest.mark.parametrize("case", EAGER_CASES)
+@pytest.mark.parametrize("prefixes", [1, 2])
+def test_eager_with_a_prefix_is_the_formula_and_returns_its_weights(case, prefixes):
+    make_mask, make_visible = EAGER_CASES[case]
+    query, key, value, made = tensors(prefixes=prefixes)
+    output, weights = Attention("eager", made).attend(query, key, value, make_mask(), scaling=0.3)
+    expected = formula(query, key, value, made, 0.3, make_visible())
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+    length = sum(prefix.key.shape[2] for prefix in made)
+    assert weights.shape == (BATCH, HEADS, 7, length + 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, 7))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_relative_position_bias_is_zero_for_the_prefix(implementation):
+    query, key, value, made = tensors()
+    bias = torch.randn(1, HEADS, 7, 7)
+    mask = padded(7, 7)[:, None]
+    if implementation == "eager":
+        # eager functions with a bias add it to the mask themselves; transformers' T5 does so in its own file
+        from transformers.models.t5.modeling_t5 import eager_attention_forward as attend
+
+        module = Attention(implementation, made)
+        module.prefix_plus.eager_attention = attend
+        key, value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
+        made = [Prefix(*(tensor.repeat_interleave(2, dim=1) for tensor in (made[0].key, made[0].value)))]
+        module = Attention(implementation, made)
+        module.prefix_plus.eager_attention = attend
+        module.num_key_value_groups = 1
+        output, _ = module.attend(query, key, value, additive(mask), scaling=0.3, position_bias=bias)
+    else:
+        output, _ = Attention(implementation, made).attend(query, key, value, mask, scaling=0.3, position_bias=bias)
+    expected = formula(query, key, value, made, 0.3, padded(7, 7), bias)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_without_a_prefix_the_base_implementation_is_called_as_it_is():
+    query, key, value, _ = tensors()
+    module = Attention("sdpa", [])
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert torch.equal(module.attend(query, key, value)[0], expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", "made_up"])
+def test_an_implementation_whose_mask_is_not_known_is_an_error(name):
+    query, key, value, made = tensors()
+    with pytest.raises((ValueError, KeyError), match=name.replace("|", r"\|")):
+        Attention(name, made).attend(query, key, value)
+
+
+@pytest.mark.parametrize(
+    "reason, kwargs",
+    [
+        ("attention weights are asked for", {"output_attentions": True}),
+        ("attention dropout", {"dropout": 0.1}),
+        ("a relative position bias", {"position_bias": torch.zeros(1)}),
+        ("soft-capped scores", {"softcap": 30.0}),
+        ("attention sinks", {"s_aux": torch.zeros(HEADS)}),
+        ("a paged cache", {"cache": object()}),
+    ],
+)
+def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
+    query, key, _, _ = tensors()
+    call = dispatch.Call("sdpa", query, key, None, kwargs)
+    assert [name for name, excludes in dispatch.FUSED_EXCLUSIONS.items() if excludes(call)] == [reason]
+    plain = dispatch.Call("sdpa", query, key, None, {"dropout": 0.0, "softcap": None})
+    assert not any(excludes(plain) for excludes in dispatch.FUSED_EXCLUSIONS.values())
+
+
+def test_autocast_is_followed_as_sdpa_follows_it(way):
+    query, key, value, made = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = Attention("sdpa", made).attend(query, key, value, None, scaling=0.3)
+    assert output.dtype == torch.bfloat16
+    expected = formula(query, key, value, made, 0.3, causal(7, 7))
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=3e-2)
