@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Collection, Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,12 +32,14 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
 
     Args:
         attention (`nn.Module`): The attention module.
+        adapters (`Collection[str]`): The names of the model's adapters, which other layers may have and this one not;
+            kept up to date by PEFT.
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
     other_param_names: tuple[str, ...] = ("scaling", "dropout")
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
         self.prefix_plus_gate = nn.ParameterDict({})
@@ -44,6 +47,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.eager_attention = eager_attention_function(type(attention))
         self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
+        self._adapters = adapters
         self._active_adapter = []
 
     @property
@@ -90,6 +94,8 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
         self.scaling[adapter_name] = 1.0 if config.prefix_scaling is None else float(config.prefix_scaling)
         self.dropout[adapter_name] = float(config.encoder_dropout)
+        dtypes = (parameter.dtype for parameter in self._base_parameters() if parameter.is_floating_point())
+        self._adapter_to(adapter_name, dtype=next(dtypes, None))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -141,39 +147,59 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             gated,
         )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """
-        Delete an adapter from this layer.
-
-        What is active next is the tuner's to say: this layer cannot know which adapters the other layers have.
-        """
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of this layer, whether or not it is active."""
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]
-        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """
+        Delete an adapter from this layer. If it was the only active one, the first of the model's remaining ones becomes
+        active: on every layer the same.
+
+        Args:
+            adapter_name (`str`): The name.
+        """
+        self.remove_adapter(adapter_name)
+        if adapter_name not in self.active_adapters:
+            return
+        active = [name for name in self.active_adapters if name != adapter_name]
+        if not active:
+            active = [name for name in self._adapters if name != adapter_name][:1]
+            if active:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active and is now deleted. The active adapter is now {active[0]}.",
+                    stacklevel=2,
+                )
+        self.set_adapter(active)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        tensors = [tensor for name, tensor in self.attention.named_parameters() if not name.startswith(METHOD_NAME)]
-        if not tensors:
-            return
-        device = tensors[0].device if device is None else device
-        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-        if device.type != "meta" and any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
+        if any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
             return  # built empty, to be filled by a checkpoint
+        device = next((tensor.device for tensor in self._base_parameters()), None) if device is None else device
+        self._adapter_to(adapter_name, device=device)
+
+    def _base_parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self.attention.named_parameters():
+            if not name.startswith(f"{METHOD_NAME}."):
+                yield parameter
+
+    def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
         if adapter_name in self.prefix_plus_encoder:
-            self.prefix_plus_encoder[adapter_name].to(device=device, dtype=dtype)
+            self.prefix_plus_encoder[adapter_name].to(**destination)
         if adapter_name in self.prefix_plus_gate:
-            self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(device=device, dtype=dtype)
+            self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(**destination)
 
     def __repr__(self) -> str:
         return f"{METHOD_NAME}.{super().__repr__()}"
 
 
-def attach(attention: nn.Module) -> PrefixPlusLayer:
-    """Return the attention module's [`PrefixPlusLayer`], made if it has none."""
+def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
+    """Return the attention module's [`PrefixPlusLayer`], made if it has none; `adapters` is the model's."""
     layer = getattr(attention, METHOD_NAME, None)
     if layer is None:
-        layer = PrefixPlusLayer(attention)
+        layer = PrefixPlusLayer(attention, adapters)
         attention.add_module(METHOD_NAME, layer)
         set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
     return layer

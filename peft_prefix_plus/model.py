@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from .config import PrefixPlusConfig
 from .encoders import KVShape
 from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
-from .targets import Selection, select_modules
+from .snapshot import Snapshot
+from .targets import Selection, select_modules, select_saved_modules
 
 
 class PrefixPlusModel(BaseTuner):
@@ -81,24 +82,35 @@ class PrefixPlusModel(BaseTuner):
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
         config: Any = self.peft_config[adapter_name]
-        self._selection = select_modules(model, config)
-        self._shared_parts: dict[tuple[str, KVShape | None], nn.Module] = {}
-        for name in self._selection.modules:
-            check_implementation(model_config(model.get_submodule(name))._attn_implementation)
-        if state_dict is not None:
-            # PEFT takes what stands before the last ".prefix_plus_" of a key for the adapted module's name
-            state_dict = {
-                key.replace(f".{METHOD_NAME}.{self.prefix}", f".{self.prefix}"): value
-                for key, value in state_dict.items()
-            }
+        snapshot = Snapshot(model)
         try:
-            with _restoring_trainability_on_error(model):
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        except Exception:
-            self._remove_adapter(model, adapter_name)
+            if state_dict is None:
+                self._selection = select_modules(model, config)
+            else:
+                self._selection = select_saved_modules(model, config, state_dict)
+            self._shared_parts: dict[tuple[str, KVShape | None], nn.Module] = {}
+            for name in self._selection.modules:
+                check_implementation(model_config(model.get_submodule(name))._attn_implementation)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            _check_adapter_name(model, adapter_name)
+        except BaseException:
+            self._undo_adding(model, adapter_name, snapshot)
             raise
         finally:
-            del self._selection, self._shared_parts
+            self._selection = None
+            self._shared_parts = {}
+        if config.awaits_weights:
+            self._before_loading[adapter_name] = snapshot
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # The model before the adapters whose weights are being loaded, to go back to if they do not fit.
+        self._before_loading: dict[str, Snapshot] = {}
+
+    def _undo_adding(self, model: nn.Module, adapter_name: str, snapshot: Snapshot) -> None:
+        """Leave the model as it was before the adapter was added."""
+        self.peft_config.pop(adapter_name, None)
+        _remove_adapter(model, adapter_name)
+        snapshot.restore(model, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `target_modules=None` stays None, so that a saved adapter finds its modules by itself
@@ -119,7 +131,7 @@ class PrefixPlusModel(BaseTuner):
     ) -> None:
         assert self._selection is not None
         geometry = self._selection.modules[current_key]
-        attach(target).update_layer(adapter_name, peft_config, geometry, self._shared_parts)
+        attach(target, self.peft_config).update_layer(adapter_name, peft_config, geometry, self._shared_parts)
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -159,26 +171,21 @@ class PrefixPlusModel(BaseTuner):
                 f"There is no adapter named {adapter_name!r}; the adapters are {sorted(self.peft_config)}."
             )
         del self.peft_config[adapter_name]
+        self._before_loading.pop(adapter_name, None)
         active = [name for name in self.active_adapters if name != adapter_name]
-        if not active and self.peft_config:
+        was_active = adapter_name in self.active_adapters
+        if was_active and not active and self.peft_config:
             active = [next(iter(self.peft_config))]
             warnings.warn(
                 f"Adapter {adapter_name} was active and is now deleted. The active adapter is now {active[0]}.",
                 stacklevel=2,
             )
-        self._remove_adapter(self.model, adapter_name)
+        _remove_adapter(self.model, adapter_name)
         _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
-        if active:
+        if was_active and active:
             self.set_adapter(active)
-        else:
+        elif was_active:
             self.active_adapter = []
-
-    def _remove_adapter(self, model: nn.Module, adapter_name: str) -> None:
-        """Take an adapter's parameters out of every layer, and the layer off every module that it leaves bare."""
-        for _, layer in list(prefix_layers(model)):
-            layer.delete_adapter(adapter_name)
-            if not layer.prefix_plus_encoder:
-                detach(layer.attention)
 
     def unload(self) -> nn.Module:
         """
@@ -207,6 +214,34 @@ class PrefixPlusModel(BaseTuner):
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Give a checkpoint's tensors the names and dtypes that they have in the model.
+
+        Raises:
+            ValueError: If the checkpoint does not fit the adapter. Nothing is loaded then, and an adapter that was
+                only just added to receive it is taken away again.
+        """
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = getattr(model, "base_model", None)
+        before = tuner._before_loading.pop(adapter_name, None) if isinstance(tuner, cls) else None
+        config.awaits_weights = False
+        expected = model.state_dict()
+        try:
+            _check_checkpoint(expected, adapter_name, state_dict)
+        except ValueError:
+            if before is not None:
+                assert isinstance(tuner, cls)
+                tuner._undo_adding(tuner.model, adapter_name, before)
+            raise
+        # loading with `low_cpu_mem_usage` takes a tensor's dtype as it is
+        return {
+            key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in state_dict.items()
+        }
+
 
 def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:
     """Yield the name of every attention module that carries a prefix, and its [`PrefixPlusLayer`]."""
@@ -215,12 +250,61 @@ def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:
             yield name.removesuffix(f".{METHOD_NAME}"), module
 
 
-@contextmanager
-def _restoring_trainability_on_error(model: nn.Module) -> Iterator[None]:
-    trainability = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except Exception:
-        for parameter, requires_grad in trainability:
-            parameter.requires_grad = requires_grad
-        raise
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's parameters out of every layer, and the layer off every module that it leaves bare."""
+    for _, layer in list(prefix_layers(model)):
+        layer.remove_adapter(adapter_name)
+        if not layer.prefix_plus_encoder:
+            detach(layer.attention)
+
+
+def _adapter_keys(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> set[str]:
+    """Return the keys of a model's state dict that are an adapter's."""
+    containers = "|".join(PrefixPlusLayer.adapter_layer_names)
+    is_adapter_key = re.compile(rf"\.{METHOD_NAME}\.(?:{containers})\.{re.escape(adapter_name)}(?:\.|$)")
+    return {key for key in state_dict if is_adapter_key.search(key)}
+
+
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    """Raise if PEFT, which finds an adapter's name anywhere between the dots of a key, would mix up the keys."""
+    for key in _adapter_keys(model.state_dict(), adapter_name):
+        if f"base_model.model.{key}".split(".").count(adapter_name) > 1:
+            raise ValueError(
+                f"An adapter of this model cannot be named {adapter_name!r}: this is a part of the parameter name "
+                f"{key!r}, so PEFT could not tell its adapters apart when saving. Choose another name."
+            )
+
+
+def _check_checkpoint(
+    expected: Mapping[str, torch.Tensor], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """
+    Raise unless a checkpoint has exactly the tensors of an adapter.
+
+    Args:
+        expected (`Mapping[str, torch.Tensor]`): The model's state dict.
+        adapter_name (`str`): The adapter.
+        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, with the model's keys.
+    """
+    advice = (
+        "The adapter was saved from another base model or with other settings. Load it into the model that its "
+        "`base_model_name_or_path` names, with the `adapter_config.json` that it was saved with."
+    )
+    for key in sorted(_adapter_keys(expected, adapter_name)):
+        if key not in state_dict:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: it has no tensor for {key}, of shape "
+                f"{tuple(expected[key].shape)}. {advice}"
+            )
+    for key, tensor in state_dict.items():
+        model_key = key if key in expected else key.removeprefix("base_model.model.")
+        if model_key not in expected:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: it has a tensor {key}, of shape "
+                f"{tuple(tensor.shape)}, and the model has none of that name. {advice}"
+            )
+        if tensor.shape != expected[model_key].shape:
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} in it "
+                f"and {tuple(expected[model_key].shape)} in the model. {advice}"
+            )

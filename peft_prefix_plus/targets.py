@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from peft.utils.other import match_target_against_key
 from torch import nn
 
 from .config import PrefixPlusConfig
 from .geometry import AttentionGeometry, attention_modules, probe
+from .registration import METHOD_NAME
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,15 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     Raises:
         ValueError: If the model has no attention modules, or the configuration names none or some that do not exist.
     """
-    candidates = list(attention_modules(model))
-    if not candidates:
-        raise ValueError(
-            f"{type(model).__name__} has no attention module that PREFIX_PLUS can prefix: none of its modules computes "
-            "attention through transformers' attention interface. Use a model with attention, or another PEFT method."
-        )
+    candidates = _candidates(model)
+    for field in ("target_modules", "exclude_modules"):
+        _check_names(model, candidates, field, getattr(config, field))
     targets = config.target_modules
     named = [] if targets is None else [name for name in candidates if _matches(targets, name)]
-    if targets is not None and not named:
-        raise ValueError(
-            f"`target_modules` is {targets!r}, which names no attention module of {type(model).__name__}. Its attention "
-            f"modules are {_examples(candidates)}; name them by suffix or by one regular expression, or use None."
-        )
+    excluded = [name for name in candidates if config.exclude_modules and _matches(config.exclude_modules, name)]
+    named = [name for name in named if name not in excluded]
     geometries = probe(model, wanted=named)
-    chosen = list(geometries) if targets is None else named
-    excluded = [name for name in chosen if config.exclude_modules and _matches(config.exclude_modules, name)]
-    chosen = [name for name in chosen if name not in excluded]
+    chosen = [name for name in geometries if name not in excluded] if targets is None else named
     if not chosen:
         raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
     kinds = {"self", *(["encoder"] if config.encoder_prefix else []), *(["cross"] if config.cross_prefix else [])}
@@ -67,6 +61,58 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     if config.layers_to_transform is not None:
         chosen = _restrict_to_layers(model, chosen, config)
     return Selection({name: geometries[name] for name in chosen}, frozenset(excluded))
+
+
+def select_saved_modules(
+    model: nn.Module, config: PrefixPlusConfig, state_dict: Mapping[str, torch.Tensor]
+) -> Selection:
+    """
+    Choose the attention modules whose prefixes a checkpoint has, and determine their geometry.
+
+    Args:
+        model (`nn.Module`): The model, which is left as it is.
+        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` one module has the parameters of all, and
+            the configuration says which those are.
+        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; only its keys are used.
+
+    Raises:
+        ValueError: If the checkpoint has no prefix, or one for a module that the model does not have.
+    """
+    candidates = _candidates(model)
+    marker = f".{METHOD_NAME}.{METHOD_NAME}_"
+    saved = {key.partition(marker)[0] for key in state_dict if marker in key}
+    unknown = sorted(saved.difference(candidates))
+    if unknown or not saved:
+        found = f"parameters of {unknown[0]}" if unknown else "no parameters of a PREFIX_PLUS adapter"
+        raise ValueError(
+            f"The `state_dict` has {found}; the attention modules of {type(model).__name__} are "
+            f"{_examples(candidates)}. Pass the state dict of an adapter that was saved from the same base model."
+        )
+    if config.reparameterization != "none" and config.sharing == "all":
+        saved.update(select_modules(model, config).modules)
+    geometries = probe(model, wanted=saved)
+    return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset())
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    candidates = list(attention_modules(model))
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no attention module that PREFIX_PLUS can prefix: none of its modules computes "
+            "attention through transformers' attention interface. Use a model with attention, or another PEFT method."
+        )
+    return candidates
+
+
+def _check_names(model: nn.Module, candidates: list[str], field: str, targets: str | list[str] | None) -> None:
+    for target in [targets] if isinstance(targets, str) else [[target] for target in targets or ()]:
+        if not any(_matches(target, name) for name in candidates):
+            shown = target if isinstance(target, str) else target[0]
+            raise ValueError(
+                f"`{field}` is {targets!r}, but {shown!r} names no attention module of {type(model).__name__}. Its "
+                f"attention modules are {_examples(candidates)}; name them by suffix or by one regular expression, or "
+                "use None."
+            )
 
 
 def _matches(targets: str | Collection[str], name: str) -> bool:
