@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +140,9 @@ class PrefixPlusConfig(PeftConfig):
         default=None, metadata={"help": "Further modules to train and save in full."}
     )
 
+    # Whether the weights that belong to this configuration are about to be loaded (not a field: it is not saved).
+    awaits_weights = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_PLUS
@@ -149,12 +153,22 @@ class PrefixPlusConfig(PeftConfig):
     def _check_types(self) -> None:
         for name in ("num_virtual_tokens", "encoder_dim", "encoder_hidden_size"):
             value = getattr(self, name)
-            if not _is_integer(value) and not (name == "encoder_hidden_size" and value is None):
+            if name == "encoder_hidden_size" and value is None:
+                continue
+            if not _is_integer(value):
                 raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+            setattr(self, name, int(value))  # numpy's numbers cannot be saved as JSON
         for name in ("encoder_dropout", "prefix_scaling"):
             value = getattr(self, name)
-            if not _is_real(value) and not (name == "prefix_scaling" and value is None):
+            if name == "prefix_scaling" and value is None:
+                continue
+            if not _is_real(value):
                 raise TypeError(f"`{name}` must be a float, got {value!r} of type {type(value).__name__}.")
+            setattr(self, name, float(value))
+        for name in ("reparameterization", "sharing", "encoder_activation"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
         for name in ("encoder_prefix", "cross_prefix", "gating"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -174,6 +188,8 @@ class PrefixPlusConfig(PeftConfig):
         is_list = isinstance(layers, list) and all(_is_integer(item) for item in layers)
         if not (layers is None or _is_integer(layers) or is_list):
             raise TypeError(f"`layers_to_transform` must be an int, a list of ints or None, got {layers!r}.")
+        if layers is not None:
+            self.layers_to_transform = [int(layer) for layer in layers] if isinstance(layers, list) else int(layers)
 
     def _check_values(self) -> None:
         for name in ("num_virtual_tokens", "encoder_dim", "encoder_hidden_size"):
@@ -193,13 +209,22 @@ class PrefixPlusConfig(PeftConfig):
             raise ValueError(f"`encoder_dropout` must be in [0, 1), got {self.encoder_dropout}.")
         if self.prefix_scaling is not None and not (math.isfinite(self.prefix_scaling) and self.prefix_scaling > 0):
             raise ValueError(f"`prefix_scaling` must be a positive, finite number, got {self.prefix_scaling}.")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALIZATIONS:
+        is_known = isinstance(self.init_weights, (bool, str)) and self.init_weights in INITIALIZATIONS
+        if not is_known:  # 1 == True, but is no initialization
             raise ValueError(
                 f"`init_weights` must be one of {', '.join(map(repr, INITIALIZATIONS))}, got {self.init_weights!r}."
             )
         for name in ("layers_to_transform", "target_modules"):
             if getattr(self, name) == []:
                 raise ValueError(f"`{name}` is an empty list, which selects nothing. Use None to select everything.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            patterns = (value or []) if name == "layers_pattern" else []
+            for pattern in [value] if isinstance(value, str) else patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"`{name}` is {pattern!r}, no valid regular expression: {error}.") from error
 
     def _check_contradictions(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -219,6 +244,22 @@ class PrefixPlusConfig(PeftConfig):
                 "`gating=True` with `init_weights='zero'` never learns: a closed gate passes no gradient to the "
                 "prefix and a prefix of zeros none to the gate. Use init_weights=True."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PrefixPlusConfig:
+        """
+        Load the configuration of a saved adapter.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A directory or a repository on the Hub.
+            subfolder (`str`, *optional*): A folder in it.
+            kwargs: As in [`PeftConfig.from_pretrained`].
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.awaits_weights = True
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """
