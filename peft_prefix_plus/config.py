@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from .hub import update_model_card, write_atomically
+from .hub import update_card_of_saved_config, update_model_card, write_atomically
 from .registration import PREFIX_PLUS
 
 
@@ -279,7 +279,12 @@ class PrefixPlusConfig(PeftConfig):
         write_atomically(
             os.path.join(save_directory, "adapter_config.json"), json.dumps(fields, indent=2, sort_keys=True)
         )
-        update_model_card(save_directory, fields)
+        update_card_of_saved_config(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # called by `push_to_hub` last of all, when transformers has put its template of a card beside the configuration
+        update_model_card(working_dir, repo_id, any_library=True)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 def _is_integer(value: Any) -> bool:
