@@ -4,6 +4,7 @@ from peft import PeftModel
 
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
+from .conversion import flatten, prefix_key_values
 from .geometry import PROBE_NAME, probe_attention
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer
@@ -15,6 +16,8 @@ __all__ = [
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
+    "flatten",
+    "prefix_key_values",
 ]
 
 __version__ = "0.1.0"

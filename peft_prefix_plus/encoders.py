@@ -68,6 +68,13 @@ class DirectEncoder(nn.Module):
         self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
+    @classmethod
+    def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
+        """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
+        encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2]))
+        encoder.key, encoder.value = nn.Parameter(key), nn.Parameter(value)
+        return encoder
+
     @torch.no_grad()
     def initialize_parameters(self, init_weights: bool | str) -> None:
         std = target_std(init_weights)

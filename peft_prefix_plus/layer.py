@@ -107,12 +107,9 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             yield self.prefix_plus_gate[adapter_name]
 
     def prefix_key_value(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an adapter's keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
+        """Return an adapter's keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), before dropout."""
         key, value = self.prefix_plus_encoder[adapter_name]()
-        scaling, dropout = self.scaling[adapter_name], self.dropout[adapter_name]
-        if dropout > 0.0:
-            key = nn.functional.dropout(key, dropout, self.training)
-            value = nn.functional.dropout(value, dropout, self.training)
+        scaling = self.scaling[adapter_name]
         return (key, value) if scaling == 1.0 else (key * scaling, value * scaling)
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Prefix | None, tuple[Prefix, ...]]:
@@ -133,6 +130,9 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self.prefix_plus_encoder:
                 continue
             prefix_key, prefix_value = self.prefix_key_value(adapter_name)
+            if self.training and self.dropout[adapter_name] > 0.0:
+                prefix_key = nn.functional.dropout(prefix_key, self.dropout[adapter_name])
+                prefix_value = nn.functional.dropout(prefix_value, self.dropout[adapter_name])
             gate = self.prefix_plus_gate.get(adapter_name)
             prefixes.append(Prefix(prefix_key.unsqueeze(0), prefix_value.unsqueeze(0), gate=gate).to(key, value))
         joined = [prefix for prefix in prefixes if prefix.gate is None]

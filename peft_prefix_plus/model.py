@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter, _ExcludedModule
 from torch import nn
 
@@ -248,6 +249,29 @@ def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, PrefixPlusLayer):
             yield name.removesuffix(f".{METHOD_NAME}"), module
+
+
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixPlusLayer]]:
+    """
+    Return the layers that have an adapter, by the names that their attention modules have in the base model.
+
+    Args:
+        model (`nn.Module`): A `PeftModel`, a [`PrefixPlusModel`], or a base model with adapters injected.
+        adapter_name (`str`): The adapter.
+
+    Raises:
+        ValueError: If no layer has it.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    elif isinstance(model, PrefixPlusModel):
+        model = model.model
+    layers = list(prefix_layers(model))
+    found = [(name, layer) for name, layer in layers if adapter_name in layer.prefix_plus_encoder]
+    if not found:
+        adapters = sorted({name for _, layer in layers for name in layer.prefix_plus_encoder})
+        raise ValueError(f"There is no PREFIX_PLUS adapter named {adapter_name!r} in the model; it has {adapters}.")
+    return found
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -111,15 +111,15 @@ def way(request, monkeypatch):
 
 
 SDPA_CASES = {
-    "causal, no mask": ({}, lambda t, s: None, causal),
-    "bidirectional, no mask": ({"is_causal": False}, lambda t, s: None, lambda t, s: torch.ones(BATCH, t, s).bool()),
-    "a bool mask": ({}, lambda t, s: padded(t, s)[:, None], lambda t, s: padded(t, s)),
-    "an additive mask": ({}, lambda t, s: additive(padded(t, s))[:, None], lambda t, s: padded(t, s)),
-    "a mask shared by the rows": ({}, lambda t, s: causal(t, s)[:1, None], causal),
+    "causal, no mask": ({}, lambda dtype: None, lambda: causal(7, 7)),
+    "bidirectional, no mask": ({"is_causal": False}, lambda dtype: None, lambda: torch.ones(BATCH, 7, 7).bool()),
+    "a bool mask": ({}, lambda dtype: padded(7, 7)[:, None], lambda: padded(7, 7)),
+    "a mask shared by the rows": ({}, lambda dtype: causal(7, 7)[:1, None], lambda: causal(7, 7)),
+    "an additive mask": ({}, lambda dtype: additive(padded(7, 7), dtype)[:, None], lambda: padded(7, 7)),
     "-inf in the mask": (
         {},
-        lambda t, s: torch.zeros(BATCH, 1, t, s).masked_fill(~padded(t, s)[:, None], -torch.inf),
-        lambda t, s: padded(t, s),
+        lambda dtype: torch.zeros(BATCH, 1, 7, 7, dtype=dtype).masked_fill(~padded(7, 7)[:, None], -torch.inf),
+        lambda: padded(7, 7),
     ),
 }
 
@@ -137,11 +137,8 @@ def padded(tokens, kv_tokens):
 def test_sdpa_with_a_prefix_is_the_formula(way, case, dtype, prefixes):
     kwargs, make_mask, make_visible = SDPA_CASES[case]
     query, key, value, made = tensors(dtype=dtype, prefixes=prefixes)
-    mask = make_mask(7, 7)
-    if mask is not None and mask.is_floating_point():
-        mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype) if "inf" not in case else mask.to(dtype)
-    output, _ = Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3, **kwargs)
-    expected = formula(query, key, value, made, 0.3, make_visible(7, 7))
+    output, _ = Attention("sdpa", made).attend(query, key, value, make_mask(dtype), scaling=0.3, **kwargs)
+    expected = formula(query, key, value, made, 0.3, make_visible())
     assert output.dtype == dtype and output.is_contiguous()
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 3)
 
