@@ -83,4 +83,5 @@ def set_config(module: Any, config: Any) -> None:
 def model_config(module: nn.Module) -> Any:
     """Return the model's own config, whether or not the module has a view of it."""
     config: Any = module.config
-    return config._config if isinstance(config, ConfigView) else config
+    # told by its contents, not its class: a view made before the package was reloaded is a view too
+    return vars(config)["_config"] if "_implementation" in vars(config) else config
