@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attention import check_implementation, model_config
@@ -197,6 +198,9 @@ class PrefixPlusModel(BaseTuner):
         """
         for _, layer in list(self.prefix_layers()):
             detach(layer.attention)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])  # or else the active adapter's copy of the module would stay in the model
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
@@ -238,9 +242,11 @@ class PrefixPlusModel(BaseTuner):
                 assert isinstance(tuner, cls)
                 tuner._undo_adding(tuner.model, adapter_name, before)
             raise
-        # loading with `low_cpu_mem_usage` takes a tensor's dtype as it is
+        # Loading with `low_cpu_mem_usage` takes the tensors themselves: they must have the right dtype, and memory of
+        # their own, for in that of the file their alignment is any, and with it the rounding of products.
         return {
-            key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in state_dict.items()
+            key: tensor.to(expected[key].dtype, copy=True) if key in expected else tensor
+            for key, tensor in state_dict.items()
         }
 
 
