@@ -92,6 +92,7 @@ ARCHITECTURES = {
         {"CAUSAL_LM": "Gemma3ForCausalLM", None: "Gemma3TextModel", "config": "Gemma3TextConfig"},
     ),
     "phi3": decoder("Phi3"),
+    "starcoder2": decoder("Starcoder2", residual_dropout=0.0, embedding_dropout=0.0),
     "gpt2": Architecture(
         "GPT2",
         {

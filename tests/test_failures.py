@@ -118,17 +118,14 @@ def test_a_model_without_attention_is_refused(name, fields):
         get_peft_model(model, prefix_config(**fields))
 
 
-@pytest.mark.parametrize("implementation", ["paged|sdpa", "paged|eager"])
-def test_an_attention_implementation_that_is_not_known_is_refused(implementation):
+def test_an_attention_implementation_that_is_not_known_is_refused():
     model = tiny_model()
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation_internal = implementation
+            module.config._attn_implementation_internal = "paged|sdpa"
 
-    with unchanged(model), pytest.raises(ValueError, match=r"attention implementation .*'eager', 'sdpa'") as error:
+    with unchanged(model), pytest.raises(ValueError, match=r"attention implementation 'paged\|sdpa'.*'eager', 'sdpa'"):
         get_peft_model(model, prefix_config())
-
-    assert repr(implementation) in str(error.value)
 
 
 def test_an_attention_implementation_set_later_is_refused_when_it_runs():
