@@ -178,9 +178,20 @@ def _outermost_first(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
     ]
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return where a module computes: where accelerate brings it, if it is offloaded, or else where its weights lie."""
+    for submodule in module.modules():
+        hook = getattr(submodule, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            device = getattr(each, "execution_device", None)
+            if device is not None and getattr(each, "offload", False):
+                return torch.device(device)
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
 def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the smallest inputs that a model's forward takes, by its main input's name."""
-    config, device = model.config, model.device
+    config, device = model.config, execution_device(model)
     sizes = {"encoder": DECODER_TOKENS}
     inputs: dict[str, torch.Tensor] = {}
     if getattr(config, "is_encoder_decoder", False):

@@ -12,12 +12,12 @@ from torch import nn
 
 from .attention import ConfigView, Prefix, eager_attention_function, model_config, reads_implementation, set_config
 from .encoders import DirectEncoder, KVShape, ProjectedEncoder
+from .geometry import AttentionGeometry, execution_device
 from .registration import METHOD_NAME
 
 
 if TYPE_CHECKING:
     from .config import PrefixPlusConfig
-    from .geometry import AttentionGeometry
 
 
 class PrefixPlusLayer(nn.Module, BaseTunerLayer):
@@ -94,7 +94,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
         self.scaling[adapter_name] = 1.0 if config.prefix_scaling is None else float(config.prefix_scaling)
         self.dropout[adapter_name] = float(config.encoder_dropout)
-        dtypes = (parameter.dtype for parameter in self._base_parameters() if parameter.is_floating_point())
+        dtypes = (parameter.dtype for parameter in self.attention.parameters() if parameter.is_floating_point())
         self._adapter_to(adapter_name, dtype=next(dtypes, None))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -177,13 +177,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
             return  # built empty, to be filled by a checkpoint
-        device = next((tensor.device for tensor in self._base_parameters()), None) if device is None else device
-        self._adapter_to(adapter_name, device=device)
-
-    def _base_parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self.attention.named_parameters():
-            if not name.startswith(f"{METHOD_NAME}."):
-                yield parameter
+        self._adapter_to(adapter_name, device=execution_device(self.attention) if device is None else device)
 
     def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
         if adapter_name in self.prefix_plus_encoder:

@@ -84,6 +84,7 @@ class PrefixPlusModel(BaseTuner):
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
         config: Any = self.peft_config[adapter_name]
+        target_modules = config.target_modules
         snapshot = Snapshot(model)
         try:
             if state_dict is None:
@@ -101,6 +102,7 @@ class PrefixPlusModel(BaseTuner):
         finally:
             self._selection = None
             self._shared_parts = {}
+            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
 

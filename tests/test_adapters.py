@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 from models import (
@@ -523,6 +524,30 @@ def test_a_layer_that_is_not_chosen_computes_what_it_computes_in_the_base_model(
             expected = base.model.layers[index](*arguments, **keywords)
         assert torch.equal(output, expected) == (index != chosen), index
     assert len(calls) == 3
+
+
+@EACH_ENCODER
+def test_an_offloaded_model_gets_its_adapter_where_it_computes(fields):
+    torch.manual_seed(1)
+    expected = output_of(prefixed(tiny_model(), **fields), **INPUTS)
+    base = accelerate.cpu_offload(tiny_model(), execution_device="cpu")
+    assert all(parameter.is_meta for parameter in base.parameters())
+    torch.manual_seed(1)
+
+    model = prefixed(base, **fields)
+
+    assert torch.equal(output_of(model, **INPUTS), expected)
+
+
+def test_a_long_list_of_target_modules_stays_as_it_was_given(tmp_path):
+    names = [f"model.layers.{layer}.self_attn" for layer in range(24)]
+    model = prefixed(tiny_model(num_hidden_layers=24), target_modules=names)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(tiny_model(num_hidden_layers=24), tmp_path)
+
+    assert model.peft_config["default"].target_modules == loaded.peft_config["default"].target_modules == names
+    assert torch.equal(output_of(loaded, **INPUTS), output_of(model, **INPUTS))
 
 
 @pytest.mark.parametrize("name", ["self_attn", "layers", "0", "prefix_plus", "prefix_plus_encoder", "key", "model"])
