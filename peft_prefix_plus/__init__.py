@@ -1,12 +1,9 @@
 """peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
 
-from peft import PeftModel
-
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
 from .conversion import flatten, prefix_key_values
 from .geometry import PROBE_NAME, probe_attention
-from .hub import complete_model_cards
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .registration import METHOD_NAME, register
@@ -23,4 +20,3 @@ __all__ = [
 __version__ = "0.1.0"
 
 register(PrefixPlusConfig, PrefixPlusModel, {METHOD_NAME: prefix_attention, PROBE_NAME: probe_attention})
-complete_model_cards(PeftModel)

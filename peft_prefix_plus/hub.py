@@ -6,11 +6,11 @@ made anew on every save.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -85,45 +85,44 @@ def update_model_card(directory: str, repo_id: str | None = None, any_library: b
     write_atomically(os.path.join(directory, CARD_NAME), str(card))
 
 
-def complete_model_cards(model_class: Any) -> None:
+def complete_model_cards(model: Any) -> None:
     """
-    Let a PEFT model class complete the cards of its PREFIX_PLUS adapters; other adapters are untouched.
+    Let a model with a PREFIX_PLUS adapter complete the cards that are written for it; no other model is touched.
 
     Saving reaches the card through the configuration. But `push_to_hub` replaces the saved card by the one of the
-    repository or by transformers' template, and `Trainer.create_model_card` by its own. The two methods wrapped here are
-    the last to see those.
+    repository or by transformers' template, and `Trainer.create_model_card` by its own. These two methods of the model
+    are the last to see those.
 
     Args:
-        model_class (`type`): `PeftModel`.
+        model (`PeftModel`): The model.
     """
-    write_card: Callable[..., None] = model_class.create_or_update_model_card
-    upload: Callable[..., Any] = model_class._upload_modified_files
-    if getattr(write_card, "completes_model_cards", False):
-        return  # this package was reloaded
-
-    def write_completed_card(model: Any, directory: str, repo_id: str | None = None) -> None:
-        previous = _load_metadata(directory)
-        write_card(model, directory)
-        _restore_metadata(directory, previous)
-        update_model_card(directory, repo_id)
-
-    @functools.wraps(write_card)
-    def create_or_update_model_card(self: Any, output_dir: str) -> None:
-        (write_completed_card if _has_adapter(self) else write_card)(self, output_dir)
-
-    @functools.wraps(upload)
-    def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if _has_adapter(self):
-            write_completed_card(self, working_dir, repo_id)
-        return upload(self, working_dir, repo_id, *args, **kwargs)
-
-    create_or_update_model_card.completes_model_cards = True  # type: ignore[attr-defined]
-    model_class.create_or_update_model_card = create_or_update_model_card
-    model_class._upload_modified_files = _upload_modified_files
+    model.create_or_update_model_card = _CardWriter(model)
+    model._upload_modified_files = _Uploader(model)
 
 
-def _has_adapter(model: Any) -> bool:
-    return any(config.peft_type == PREFIX_PLUS for config in model.peft_config.values())
+@dataclass
+class _CardWriter:
+    """A model's `create_or_update_model_card`, which completes the card that PEFT writes."""
+
+    model: Any
+
+    def __call__(self, output_dir: str, repo_id: str | None = None) -> None:
+        previous = _load_metadata(output_dir)
+        type(self.model).create_or_update_model_card(self.model, output_dir)
+        if any(config.peft_type == PREFIX_PLUS for config in self.model.peft_config.values()):
+            _restore_metadata(output_dir, previous)
+            update_model_card(output_dir, repo_id)
+
+
+@dataclass
+class _Uploader:
+    """A model's `_upload_modified_files`, which completes the card that `push_to_hub` has put in the directory."""
+
+    model: Any
+
+    def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        _CardWriter(self.model)(working_dir, repo_id)
+        return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------- what is there

@@ -16,6 +16,7 @@ from torch import nn
 from .attention import check_implementation, model_config
 from .config import PrefixPlusConfig
 from .encoders import KVShape
+from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
 from .snapshot import Snapshot
@@ -222,6 +223,12 @@ class PrefixPlusModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if isinstance(model, PeftModel):
+            complete_model_cards(model)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -232,6 +239,8 @@ class PrefixPlusModel(BaseTuner):
             ValueError: If the checkpoint does not fit the adapter. Nothing is loaded then, and an adapter that was
                 only just added to receive it is taken away again.
         """
+        if isinstance(model, PeftModel):
+            complete_model_cards(model)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = getattr(model, "base_model", None)
         before = tuner._before_loading.pop(adapter_name, None) if isinstance(tuner, cls) else None

@@ -1,6 +1,8 @@
 """The model card says how to load the adapter, and leaves alone what is not its own."""
 
+import copy
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -270,14 +272,23 @@ def test_the_card_that_a_trainer_writes_has_the_section_too(tmp_path):
     assert {"my-tag", "prefix-plus", "generated_from_trainer"} <= set(ModelCard(text).data.tags)
 
 
-def test_the_card_of_another_method_is_what_peft_makes_it(tmp_path):
+def test_the_card_of_another_method_is_peft_own(tmp_path):
     model = get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    for directory in ("saved", "original"):
-        (tmp_path / directory).mkdir()
-        (tmp_path / directory / "README.md").write_text("---\ntags:\n- my-tag\n---\n\n# Title\n", encoding="utf-8")
-    model.save_pretrained(tmp_path / "saved")
-    PeftModel.create_or_update_model_card.__wrapped__(model, str(tmp_path / "original"))
-    assert card_of(tmp_path / "saved") == card_of(tmp_path / "original")
+    adapted().save_pretrained(tmp_path / "ours")
+    for name in ("create_or_update_model_card", "_upload_modified_files"):
+        assert getattr(PeftModel, name).__module__ in ("peft.peft_model", "transformers.utils.hub")
+        assert name not in vars(model)
+    model.save_pretrained(tmp_path / "theirs")
+    assert SECTION_START not in card_of(tmp_path / "theirs")
+
+
+def test_a_saved_model_can_be_copied_and_pickled(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "original")
+    for name, copied in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        copied.save_pretrained(tmp_path / name)
+        assert copied.create_or_update_model_card.model is copied
+        assert f'"{name}"' in card_of(tmp_path / name)
 
 
 def test_the_line_ends_of_a_card_stay(tmp_path):
@@ -334,15 +345,10 @@ def test_written_files_can_be_read_by_whom_the_umask_allows(tmp_path):
     assert (tmp_path / "adapter_config.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_importing_again_completes_the_cards_once(tmp_path):
-    import importlib
-
-    import peft_prefix_plus
-
-    before = PeftModel.create_or_update_model_card
-    importlib.reload(peft_prefix_plus)
-    assert PeftModel.create_or_update_model_card is before
-    adapted().save_pretrained(tmp_path)
+def test_saving_again_completes_the_card_once(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     assert card_of(tmp_path).count(SECTION_START) == 1
 
 
