@@ -68,6 +68,10 @@ class DirectEncoder(nn.Module):
         self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
+    def sources(self) -> tuple[torch.Tensor, ...]:
+        """The parameters that the prefix depends on."""
+        return self.key, self.value
+
     @classmethod
     def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
         """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
@@ -150,6 +154,14 @@ class ProjectedEncoder(nn.Module):
             else:
                 self.add_module(name, build())
                 shared_parts[key] = self.get_submodule(name)
+
+    def sources(self) -> tuple[torch.Tensor, ...]:
+        """The parameters that the prefix depends on, shared ones included."""
+        parts = [
+            self._modules.get(name) or self._borrowed.get(name) for name in ("virtual_tokens", "hidden", "output")
+        ]
+        found = (tensor for part in parts if part is not None for tensor in part._parameters.values())
+        return tuple(tensor for tensor in found if tensor is not None)
 
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""

@@ -13,11 +13,18 @@ from torch import nn
 from .attention import ConfigView, Prefix, eager_attention_function, model_config, reads_implementation, set_config
 from .encoders import DirectEncoder, KVShape, ProjectedEncoder
 from .geometry import AttentionGeometry, execution_device
+from .memo import Memo
 from .registration import METHOD_NAME
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .config import PrefixPlusConfig
+
+
+ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
+"""The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that have a gate."""
 
 
 class PrefixPlusLayer(nn.Module, BaseTunerLayer):
@@ -49,6 +56,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
         self._adapters = adapters
         self._active_adapter = []
+        self._produced: Memo[ActivePrefixes] = Memo()
 
     @property
     def attention(self) -> nn.Module:
@@ -112,9 +120,9 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         scaling = self.scaling[adapter_name]
         return (key, value) if scaling == 1.0 else (key * scaling, value * scaling)
 
-    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Prefix | None, tuple[Prefix, ...]]:
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         """
-        Return the prefixes of the active adapters.
+        Return the prefixes of the active adapters. In inference they are produced once, until a parameter changes.
 
         Args:
             key (`torch.Tensor`): The real keys, (batch, kv_heads, kv_tokens, key_dim): their dtype and device count.
@@ -125,10 +133,26 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return None, ()
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._produced.clear()
+            return self._produce(key, value)
+        sources = [tensor for name in self._present_adapters() for tensor in self._sources(name)]
+        context = (tuple(self.active_adapters), key.dtype, key.device, value.dtype, value.device)
+        return self._produced.get(sources, context, lambda: self._produce(key, value))
+
+    def _present_adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.prefix_plus_encoder]
+
+    def _sources(self, adapter_name: str) -> list[torch.Tensor]:
+        """The parameters that an adapter's prefix here depends on, shared ones included."""
+        gate = self.prefix_plus_gate.get(adapter_name)
+        encoder: Any = self.prefix_plus_encoder[adapter_name]
+        return [*encoder.sources(), *([] if gate is None else [gate])]
+
+    def _produce(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         prefixes = []
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.prefix_plus_encoder:
-                continue
+        for adapter_name in self._present_adapters():
             prefix_key, prefix_value = self.prefix_key_value(adapter_name)
             if self.training and self.dropout[adapter_name] > 0.0:
                 prefix_key = nn.functional.dropout(prefix_key, self.dropout[adapter_name])
@@ -146,6 +170,15 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             ),
             gated,
         )
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as in PEFT."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._produced.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._produced.clear()  # the parameters move
+        return super()._apply(fn, recurse)
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of this layer, whether or not it is active."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels import AttentionKernel
+from .kernels import AttentionKernel, KernelState
 from .prefix import Prefix
 
 
@@ -61,8 +61,31 @@ def fused_attention(
         # the kernels want values as wide as keys (latent attention has narrower ones)
         value, prefix_value = F.pad(value, (0, missing)), F.pad(prefix_value, (0, missing))
     call = _Call(kernel, mask, is_causal, scale)
-    output = _FusedAttention.apply(query, key, value, prefix.key, prefix_value, prefix.mask, call)
+    inputs = (query, key, value, prefix.key, prefix_value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        output = _FusedAttention.apply(*inputs, prefix.mask, call)
+    else:
+        output, *_ = _forward(*inputs, prefix.mask, call)
     return output[..., :value_dim].transpose(1, 2).contiguous()
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    prefix_mask: torch.Tensor | None,
+    call: _Call,
+) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+    """Return the merged output, the logits of the merge, (batch, query_heads, tokens, prefix_tokens + 1), and the kernel's state."""
+    with torch.autocast(query.device.type, enabled=False):
+        output, lse, state = call.kernel.forward(query, key, value, call.mask, call.is_causal, call.scale)
+        # the attention over X takes part in the softmax over P as one more position, whose score is its log-sum-exp
+        logits = torch.cat([_prefix_scores(query, prefix_key, prefix_mask, call.scale), lse.unsqueeze(-1)], dim=-1)
+        weights = logits.softmax(dim=-1)
+        output = output * weights[..., -1:].to(output.dtype) + _attend(weights[..., :-1], prefix_value)
+    return output, logits, state
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -77,16 +100,9 @@ class _FusedAttention(torch.autograd.Function):
         prefix_mask: torch.Tensor | None,
         call: _Call,
     ) -> torch.Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            output, lse, state = call.kernel.forward(query, key, value, call.mask, call.is_causal, call.scale)
-            scores = _prefix_scores(query, prefix_key, prefix_mask, call.scale)
-            merged_lse = torch.logaddexp(torch.logsumexp(scores, dim=-1), lse)
-            weights = scores.sub_(merged_lse.unsqueeze(-1)).exp_()
-            output = output * (lse - merged_lse).exp_().unsqueeze(-1).to(output.dtype)
-            output += _attend(weights, prefix_value)
-        ctx.save_for_backward(
-            query, key, value, prefix_key, prefix_value, prefix_mask, call.mask, output, merged_lse, *state
-        )
+        output, logits, state = _forward(query, key, value, prefix_key, prefix_value, prefix_mask, call)
+        lse = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, prefix_mask, call.mask, output, lse, *state)
         ctx.call = call._replace(mask=None)
         return output
 
@@ -108,11 +124,11 @@ class _FusedAttention(torch.autograd.Function):
                 grad_prefix_value = _reduce(weights, grad_output, prefix_value)
             if needs_query or needs_prefix_key:
                 delta = (grad_output.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1, keepdim=True)
-                grad_scores = _scores(grad_output, prefix_value).sub_(delta).mul_(weights).mul_(scale)
+                grad_scores = _scores(grad_output, prefix_value).sub_(delta).mul_(weights)
                 if needs_query:
-                    grad_query = grad_query + _attend(grad_scores, prefix_key)
+                    grad_query = grad_query + _attend(grad_scores, prefix_key * scale)
                 if needs_prefix_key:
-                    grad_prefix_key = _reduce(grad_scores, query, prefix_key)
+                    grad_prefix_key = _reduce(grad_scores, query, prefix_key) * scale
         return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, None, None
 
 
@@ -136,7 +152,7 @@ def _scores(rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
 def _prefix_scores(
     query: torch.Tensor, prefix_key: torch.Tensor, prefix_mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    scores = _scores(query, prefix_key).mul_(scale)
+    scores = _scores(query, prefix_key * scale)
     if prefix_mask is not None:
         scores.masked_fill_(~prefix_mask[:, None, None, :], torch.finfo(scores.dtype).min)
     return scores
