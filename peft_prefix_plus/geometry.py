@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .attention import (
     ConfigView,
-    base_attention_function,
+    attend_as_base,
     eager_attention_function,
     model_config,
     reads_implementation,
@@ -73,8 +73,9 @@ def probe_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function of the probe: record what comes in, then do what the base model does."""
     module.config.record(query, key, value)
-    attend = base_attention_function(module, eager_attention_function(type(module)))
-    return attend(module, query, key, value, *args, **kwargs)
+    implementation = model_config(module)._attn_implementation
+    eager = eager_attention_function(type(module))
+    return attend_as_base(module, query, key, value, *args, implementation=implementation, eager=eager, **kwargs)
 
 
 @contextmanager

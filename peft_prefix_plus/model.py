@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter, _Excl
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attention import check_implementation, model_config
+from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
 from .encoders import KVShape
 from .hub import complete_model_cards
@@ -94,7 +94,7 @@ class PrefixPlusModel(BaseTuner):
                 self._selection = select_saved_modules(model, config, state_dict)
             self._shared_parts: dict[tuple[str, KVShape | None], nn.Module] = {}
             for name in self._selection.modules:
-                check_implementation(model_config(model.get_submodule(name))._attn_implementation)
+                attention_family(model_config(model.get_submodule(name))._attn_implementation)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _check_adapter_name(model, adapter_name)
         except BaseException:

@@ -4,58 +4,68 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
-from .config_view import model_config
+from .config_view import model_config, set_config
 from .fused import fused_attention
 from .kernels import find_kernel
+from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
 from .reference import (
     AttentionFunction,
     AttentionOutput,
     concatenated_attention,
+    concatenated_flash_attention,
     finite_additive,
     gated_attention,
     is_causal_call,
 )
 
 
-class MaskConvention(NamedTuple):
-    """How an attention implementation reads its mask."""
-
-    none_is_causal: bool
-    """A missing mask means causal attention where the module is causal; otherwise it means that all is seen."""
-
-
-MASK_CONVENTIONS = {
-    "eager": MaskConvention(none_is_causal=False),
-    "sdpa": MaskConvention(none_is_causal=True),
-}
-"""The implementations to whose keys and mask a prefix can be added."""
-
-
-def check_implementation(name: str | None) -> None:
+def attention_family(name: str | None) -> str:
     """
-    Raise unless a prefix can be added to this attention implementation.
+    Return which of the families of attention implementations a name belongs to: their masks differ.
+
+    - `"eager"`: an additive mask; without one, all is seen.
+    - `"sdpa"`: a bool or additive mask; without one, a causal module's queries see the keys up to their own.
+    - `"flash"`: a 2-D mask of padding; the rest is derived from lengths (see [`FlashMask`]).
+    - `"flex"`: a block mask.
 
     Raises:
-        ValueError: If the implementation is not one of `MASK_CONVENTIONS`.
+        ValueError: If the name belongs to none: a prefix cannot be added to a mask that cannot be read.
     """
-    if name not in MASK_CONVENTIONS:
-        raise ValueError(
-            f"PREFIX_PLUS cannot add a prefix to the attention implementation {name!r}: how it reads its mask is not "
-            f"known. Use one of {', '.join(map(repr, MASK_CONVENTIONS))}, for instance "
-            "model.set_attn_implementation('sdpa')."
-        )
+    name = (name or "").removeprefix("paged|")
+    if name in ("eager", "sdpa"):
+        return name
+    if name == "flex_attention":
+        return "flex"
+    if is_flash_attention_requested(requested_attention_implementation=name):
+        return "flash"
+    raise ValueError(
+        f"PREFIX_PLUS cannot add a prefix to the attention implementation {name!r}: how it reads its mask is not known. "
+        "Use 'sdpa', 'eager', 'flex_attention' or a flash attention, for instance model.set_attn_implementation('sdpa')."
+    )
 
 
-def base_attention_function(module: nn.Module, eager: AttentionFunction) -> AttentionFunction:
-    """Return the attention function that the module would call without a prefix; `eager` is its own file's."""
-    return ALL_ATTENTION_FUNCTIONS.get_interface(model_config(module)._attn_implementation, eager)
+def attend_as_base(
+    module: Any, *args: Any, implementation: str | None, eager: AttentionFunction, **kwargs: Any
+) -> AttentionOutput:
+    """Call an attention implementation as the base model would; `eager` is the one of the module's own file."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]
+    if implementation is None or not is_flash_attention_requested(requested_attention_implementation=implementation):
+        return function(module, *args, **kwargs)
+    view = module.config
+    try:
+        set_config(module, model_config(module))  # flash attention looks its kernel up by the name in the config
+        return function(module, *args, **kwargs)
+    finally:
+        set_config(module, view)
 
 
 def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction:
@@ -84,7 +94,6 @@ FUSED_EXCLUSIONS: dict[str, Callable[[Call], bool]] = {
     "a relative position bias": lambda call: call.kwargs.get("position_bias") is not None,
     "soft-capped scores": lambda call: call.kwargs.get("softcap") is not None,
     "attention sinks": lambda call: call.kwargs.get("s_aux") is not None,
-    "a paged cache": lambda call: call.kwargs.get("cache") is not None,
     "a learned mask": lambda call: call.mask is not None and call.mask.requires_grad,
     "a mask that is not (batch, heads, tokens, kv_tokens)": lambda call: (
         call.mask is not None
@@ -123,27 +132,66 @@ def prefix_attention(
         The output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch, query_heads, tokens,
         prefix_tokens + kv_tokens), where the implementation returns them.
     """
-    attend = base_attention_function(module, module.prefix_plus.eager_attention)
+    implementation = model_config(module)._attn_implementation
+    eager = module.prefix_plus.eager_attention
     prefix, gated_prefixes = module.prefix_plus(key, value)
     if prefix is None:
-        output, weights = attend(module, query, key, value, attention_mask, **kwargs)
+        output, weights = attend_as_base(
+            module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
+        )
     else:
-        implementation = model_config(module)._attn_implementation
-        check_implementation(implementation)
-        call = Call(implementation, query, key, attention_mask, kwargs)
-        fused = None
-        if not any(excludes(call) for excludes in FUSED_EXCLUSIONS.values()):
-            fused = _fused_sdpa(module, query, key, value, attention_mask, prefix, kwargs)
-        if fused is not None:
-            output, weights = fused, None
-        else:
-            none_is_causal = MASK_CONVENTIONS[implementation].none_is_causal
-            output, weights = concatenated_attention(
-                attend, none_is_causal, module, query, key, value, attention_mask, prefix, **kwargs
-            )
+        output, weights = _attend_with_prefix(
+            implementation, eager, module, query, key, value, attention_mask, prefix, kwargs
+        )
     for gated in gated_prefixes:
         output = output + gated_attention(query, gated, kwargs.get("scaling")).reshape(output.shape)
     return output, weights
+
+
+def _attend_with_prefix(
+    implementation: str,
+    eager: AttentionFunction,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    prefix: Prefix,
+    kwargs: dict[str, Any],
+) -> AttentionOutput:
+    family = attention_family(implementation)
+    cache = kwargs.pop("cache", None)
+    if cache is not None:
+        # a paged cache (continuous batching) is updated in here; the mask is already that of all its keys
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        implementation = implementation.removeprefix("paged|")
+    if family == "flash":
+        if mask is not None and mask.shape[-1] < key.shape[2]:
+            key, value = (
+                key[:, :, : mask.shape[-1]],
+                value[:, :, : mask.shape[-1]],
+            )  # the unused rest of a static cache
+        flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
+        if flash_mask.allows_concatenation(prefix.key.shape[2]):
+            attend = partial(attend_as_base, implementation=implementation, eager=eager)
+            return concatenated_flash_attention(attend, module, query, key, value, mask, prefix, **kwargs)
+        mask = flash_mask.dense()
+    elif family == "flex":
+        mask = dense_flex_mask(mask, query, key)
+    if family in ("flash", "flex"):
+        # written out, the mask is one that sdpa reads; soft-capping and sinks are what only eager attention has besides
+        is_special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+        implementation = family = "eager" if is_special else "sdpa"
+        if is_special and mask is not None:
+            mask = finite_additive(mask, query.dtype)
+    call = Call(implementation, query, key, mask, kwargs)
+    if not any(excludes(call) for excludes in FUSED_EXCLUSIONS.values()):
+        output = _fused_sdpa(module, query, key, value, mask, prefix, kwargs)
+        if output is not None:
+            return output, None
+    attend = partial(attend_as_base, implementation=implementation, eager=eager)
+    none_is_causal = family == "sdpa"
+    return concatenated_attention(attend, none_is_causal, module, query, key, value, mask, prefix, **kwargs)
 
 
 def _fused_sdpa(

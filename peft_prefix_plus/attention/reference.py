@@ -63,6 +63,32 @@ def concatenated_attention(
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
+def concatenated_flash_attention(
+    attend: AttentionFunction,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    padding: torch.Tensor | None,
+    prefix: Prefix,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """
+    As [`concatenated_attention`], for an `attend` that takes a 2-D mask of padding, (batch, kv_tokens).
+
+    Its queries are the last of the keys, so that more keys before them are seen by all.
+    """
+    batch, length = key.shape[0], prefix.key.shape[2]
+    if prefix.mask is not None and padding is None:
+        padding = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
+    if padding is not None:
+        columns = padding.new_ones(batch, length) if prefix.mask is None else prefix.mask.to(padding.dtype)
+        padding = torch.cat([columns, padding], dim=-1)
+    key = torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=2)
+    return attend(module, query=query, key=key, value=value, attention_mask=padding, **kwargs)
+
+
 def is_causal_call(module: nn.Module, is_causal: bool | None) -> bool:
     """Whether sdpa takes a missing mask to mean causal attention: by the call's argument, else by the module."""
     return bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
