@@ -10,7 +10,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention import ConfigView, Prefix, eager_attention_function, model_config, reads_implementation, set_config
+from .attention import (
+    ConfigView,
+    Prefix,
+    concatenated,
+    eager_attention_function,
+    model_config,
+    reads_implementation,
+    set_config,
+)
 from .encoders import DirectEncoder, KVShape, ProjectedEncoder
 from .geometry import AttentionGeometry, execution_device
 from .memo import Memo
@@ -57,6 +65,8 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self._adapters = adapters
         self._active_adapter = []
         self._produced: Memo[ActivePrefixes] = Memo()
+        # Set while the rows of a batch have adapters of their own: a name for each row of the model's input.
+        self.row_adapters: list[str] | None = None
 
     @property
     def attention(self) -> nn.Module:
@@ -133,43 +143,45 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return None, ()
+        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
+        present = list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._produced.clear()
-            return self._produce(key, value)
-        sources = [tensor for name in self._present_adapters() for tensor in self._sources(name)]
-        context = (tuple(self.active_adapters), key.dtype, key.device, value.dtype, value.device)
-        return self._produced.get(sources, context, lambda: self._produce(key, value))
-
-    def _present_adapters(self) -> list[str]:
-        """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.prefix_plus_encoder]
+            return self._produce(present, key, value)
+        sources = [tensor for name in present for tensor in self._sources(name)]
+        context = (tuple(adapter_names), key.shape[0], key.dtype, key.device, value.dtype, value.device)
+        return self._produced.get(sources, context, lambda: self._produce(present, key, value))
 
     def _sources(self, adapter_name: str) -> list[torch.Tensor]:
         """The parameters that an adapter's prefix here depends on, shared ones included."""
-        gate = self.prefix_plus_gate.get(adapter_name)
         encoder: Any = self.prefix_plus_encoder[adapter_name]
+        gate = self.prefix_plus_gate.get(adapter_name)
         return [*encoder.sources(), *([] if gate is None else [gate])]
 
-    def _produce(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
-        prefixes = []
-        for adapter_name in self._present_adapters():
-            prefix_key, prefix_value = self.prefix_key_value(adapter_name)
-            if self.training and self.dropout[adapter_name] > 0.0:
-                prefix_key = nn.functional.dropout(prefix_key, self.dropout[adapter_name])
-                prefix_value = nn.functional.dropout(prefix_value, self.dropout[adapter_name])
-            gate = self.prefix_plus_gate.get(adapter_name)
-            prefixes.append(Prefix(prefix_key.unsqueeze(0), prefix_value.unsqueeze(0), gate=gate).to(key, value))
+    def _produce(self, adapter_names: list[str], key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
+        prefixes = [self._prefix(name, key.shape[0]).to(key, value) for name in adapter_names]
         joined = [prefix for prefix in prefixes if prefix.gate is None]
-        gated = tuple(prefix for prefix in prefixes if prefix.gate is not None)
-        if len(joined) <= 1:
-            return (joined[0] if joined else None), gated
-        return (
-            Prefix(
-                torch.cat([prefix.key for prefix in joined], dim=2),
-                torch.cat([prefix.value for prefix in joined], dim=2),
-            ),
-            gated,
+        return concatenated(joined) if joined else None, tuple(
+            prefix for prefix in prefixes if prefix.gate is not None
         )
+
+    def _prefix(self, adapter_name: str, batch: int) -> Prefix:
+        """Return an adapter's prefix, masked for the rows of a batch that have another adapter."""
+        key, value = self.prefix_key_value(adapter_name)
+        if self.training and self.dropout[adapter_name] > 0.0:
+            key = nn.functional.dropout(key, self.dropout[adapter_name])
+            value = nn.functional.dropout(value, self.dropout[adapter_name])
+        mask = None
+        if self.row_adapters is not None:
+            if batch % len(self.row_adapters):
+                raise ValueError(
+                    f"`adapter_names` has {len(self.row_adapters)} names, but the batch has {batch} rows: it must have "
+                    "one name for each row of the input."
+                )
+            # generation repeats each row of the input for its beams and returned sequences
+            rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
+            mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
+        return Prefix(key.unsqueeze(0), value.unsqueeze(0), mask, self.prefix_plus_gate.get(adapter_name))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""

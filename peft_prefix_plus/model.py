@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
 from .snapshot import Snapshot
 from .targets import Selection, select_modules, select_saved_modules
+
+
+BASE_MODEL_NAME = "__base__"
+"""What stands for no adapter in `adapter_names`."""
 
 
 class PrefixPlusModel(BaseTuner):
@@ -192,6 +198,42 @@ class PrefixPlusModel(BaseTuner):
         elif was_active:
             self.active_adapter = []
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """
+        Let each row of a batch have the adapter that the argument `adapter_names` of forward or generate names.
+
+        Raises:
+            ValueError: If the model is in training mode, or there is no adapter of a name.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("`adapter_names` cannot be used in training. Call model.eval() first.")
+        unknown = [name for name in adapter_names if name != BASE_MODEL_NAME and name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` has {unknown[0]!r}; the adapters are {sorted(self.peft_config)}, and "
+                f"{BASE_MODEL_NAME!r} stands for none."
+            )
+        layers = [layer for _, layer in self.prefix_layers()]
+        hooks = [
+            module.register_forward_pre_hook(partial(_name_rows, list(adapter_names)), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            for layer in layers:
+                layer.row_adapters = list(adapter_names)
+            yield
+        finally:
+            for layer in layers:
+                layer.row_adapters = None
+            for hook in hooks:
+                hook.remove()
+
     def unload(self) -> nn.Module:
         """
         Return the base model, with every trace of the adapters removed.
@@ -259,6 +301,14 @@ class PrefixPlusModel(BaseTuner):
             key: tensor.to(expected[key].dtype, copy=True) if key in expected else tensor
             for key, tensor in state_dict.items()
         }
+
+
+def _name_rows(
+    adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the forward of a module that PEFT saves a copy of per adapter: say which row has which."""
+    repeats = len(args[0]) // len(adapter_names) if args else 1
+    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
 
 
 def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:

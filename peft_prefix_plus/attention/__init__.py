@@ -2,7 +2,7 @@
 
 from .config_view import ConfigView, model_config, reads_implementation, set_config
 from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
-from .prefix import Prefix
+from .prefix import Prefix, concatenated
 
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Prefix",
     "attend_as_base",
     "attention_family",
+    "concatenated",
     "eager_attention_function",
     "model_config",
     "prefix_attention",

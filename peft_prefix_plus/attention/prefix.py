@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,3 +35,22 @@ class Prefix:
             mask=None if self.mask is None else self.mask.to(key.device),
             gate=None if self.gate is None else self.gate.to(value.device, value.dtype),
         )
+
+
+def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
+    """
+    Put prefixes one after the other.
+
+    Where they belong to different rows of a batch, each row sees its own and the masks hide the others.
+
+    Args:
+        prefixes (`Sequence[Prefix]`): At least one; either all have a mask or none has.
+    """
+    if len(prefixes) == 1:
+        return prefixes[0]
+    masks = [prefix.mask for prefix in prefixes if prefix.mask is not None]
+    return Prefix(
+        torch.cat([prefix.key for prefix in prefixes], dim=2),
+        torch.cat([prefix.value for prefix in prefixes], dim=2),
+        torch.cat(masks, dim=1) if masks else None,
+    )
