@@ -34,5 +34,8 @@ format: install ## put the code into style
 docs: install ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
 
+bench: install ## measure time and memory against PREFIX_TUNING and LoRA
+	$(BIN)/python benchmarks/speed.py
+
 clean: ## remove what the other commands make
 	rm -rf $(VENV) docs/_build demo-output

@@ -155,16 +155,32 @@ def test_make_targets_that_are_named_exist() -> None:
     assert named <= targets
 
 
-def test_commands_that_are_named_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    cli = pytest.importorskip("peft_prefix_plus.cli")
+def commands_of_the_app() -> dict[str, set[str]]:
+    """The options of the command line, by command."""
+    app = pytest.importorskip("peft_prefix_plus.cli.app").app
+    group = importlib.import_module("typer").main.get_command(app)
+    return {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in group.commands.items()
+    }
+
+
+def test_commands_and_options_that_are_named_exist() -> None:
+    commands = commands_of_the_app()
     texts = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    commands = sorted(set(re.findall(r"(?:^|`)prefix-plus ([a-z]+)", texts, re.MULTILINE)))
-    assert commands == ["demo", "generate", "params", "train"]
-    for command in commands:
-        monkeypatch.setattr("sys.argv", ["prefix-plus", command, "--help"])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        assert exit_info.value.code == 0, capsys.readouterr().err
+    assert set(re.findall(r"`prefix-plus ([a-z]+)", texts)) == set(commands)
+    lines = [line for line in shell_lines() if line.startswith("prefix-plus ")]
+    assert len(lines) >= 6
+    for line in lines:
+        command = line.split()[1]
+        assert set(re.findall(r"--[a-z-]+", line)) - {"--help"} <= commands[command], line
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
+def test_table_of_parameters_is_what_the_command_prints(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = pytest.importorskip("peft_prefix_plus.cli.parameters")
+    parameters.params(parameters.CountingSettings(markdown=True))
+    assert capsys.readouterr().out.strip() in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_readme_explains_what_the_ci_runs() -> None:
