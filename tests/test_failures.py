@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from peft_prefix_plus import PrefixPlusConfig
 
@@ -118,22 +122,38 @@ def test_a_model_without_attention_is_refused(name, fields):
         get_peft_model(model, prefix_config(**fields))
 
 
-def test_an_attention_implementation_that_is_not_known_is_refused():
-    model = tiny_model()
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config._attn_implementation_internal = "paged|sdpa"
+@pytest.fixture
+def implementation_of_ones_own() -> Iterator[str]:
+    """An attention implementation that transformers knows, and this package does not."""
+    name = "made_up_attention"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    yield name
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
 
-    with unchanged(model), pytest.raises(ValueError, match=r"attention implementation 'paged\|sdpa'.*'eager', 'sdpa'"):
+
+NOT_KNOWN = r"attention implementation 'made_up_attention'.*Use 'sdpa'"
+
+
+def test_an_attention_implementation_that_is_not_known_is_refused(implementation_of_ones_own):
+    model = tiny_model(implementation=implementation_of_ones_own)
+    assert torch.equal(output_of(model, **INPUTS), output_of(tiny_model(), **INPUTS))
+
+    with unchanged(model), pytest.raises(ValueError, match=NOT_KNOWN):
         get_peft_model(model, prefix_config())
 
 
-def test_an_attention_implementation_set_later_is_refused_when_it_runs():
+def test_an_attention_implementation_set_later_is_refused_when_it_runs(implementation_of_ones_own):
     model = prefixed(tiny_model())
-    model.base_model.model.config._attn_implementation_internal = "paged|sdpa"
+    expected = output_of(model, **INPUTS)
 
-    with pytest.raises(ValueError, match="attention implementation"):
+    model.set_attn_implementation(implementation_of_ones_own)
+    with pytest.raises(ValueError, match=NOT_KNOWN):
         output_of(model, **INPUTS)
+
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(output_of(model, **INPUTS), expected)
 
 
 @pytest.mark.parametrize("way", ["wrap", "add", "inject second"])
