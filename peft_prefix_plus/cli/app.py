@@ -1,0 +1,44 @@
+"""The app: its commands, with the options that their settings have."""
+
+from __future__ import annotations
+
+import typer
+from peft import PeftConfig
+
+from ..config import PrefixPlusConfig
+from ..demo import DemoSettings, run_demo
+from . import generation, parameters, training
+from .options import command
+
+
+app = typer.Typer(
+    help="Prefix tuning for PEFT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@command(app, {"Training": training.TrainingSettings, "Prefix": PrefixPlusConfig}, inherited=[PeftConfig])
+def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None:
+    """Teach a frozen language model by a prefix, and save it as an adapter."""
+    training.train(settings, config)
+    print(f"The adapter is in {settings.output}.")
+
+
+@command(app, {"Options": generation.GenerationSettings})
+def generate(settings: generation.GenerationSettings) -> None:
+    """Complete prompts with an adapter."""
+    generation.generate(settings)
+
+
+@command(app, {"Options": parameters.CountingSettings})
+def params(settings: parameters.CountingSettings) -> None:
+    """Count the trainable parameters of every reparameterization and sharing; no weights are needed."""
+    parameters.params(settings)
+
+
+@command(app, {"Options": DemoSettings})
+def demo(settings: DemoSettings) -> None:
+    """Make a small language model and teach it table-to-text by a prefix; nothing is downloaded."""
+    run_demo(settings)

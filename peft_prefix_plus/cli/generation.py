@@ -1,0 +1,140 @@
+"""`prefix-plus generate`: let an adapted model complete prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from .errors import CommandError
+from .loading import check_dtype, load_adapted_model
+from .records import padding_id, prompt_ids, read_prompts
+
+
+@dataclass(kw_only=True)
+class GenerationSettings:
+    """What to complete with which adapter, and how. The fields' help texts say the rest."""
+
+    adapter: str = field(metadata={"help": "The adapter: a directory or a name on the Hub."})
+    model: str | None = field(default=None, metadata={"help": "The base model, if it is not where the adapter says."})
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "The prompt. Without --prompt and --data, the prompt is read from standard input."},
+    )
+    data: Path | None = field(
+        default=None, metadata={"help": "JSON lines; the completion of every 'prompt' is printed."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to write per prompt."})
+    sample: bool = field(
+        default=False, metadata={"help": "Draw tokens at random instead of taking the likeliest one."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "With --sample: below 1 the likely tokens are favoured."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "With --sample: draw among the likeliest tokens of this total probability."}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "With --sample: draw among this many of the likeliest tokens; 0 means all."}
+    )
+    seed: int = field(default=0, metadata={"help": "For --sample."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
+    dtype: str = field(
+        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
+    )
+    json_lines: bool = field(
+        default=False, metadata={"help": "Print JSON lines with 'prompt' and 'completion' instead of the text alone."}
+    )
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if self.prompt is not None and self.data is not None:
+            raise ValueError("--prompt and --data contradict each other.")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+
+
+def generate(settings: GenerationSettings) -> None:
+    """
+    Print the completions on standard output, in the order of the prompts.
+
+    Args:
+        settings (`GenerationSettings`): What to complete with which adapter, and how.
+
+    Raises:
+        CommandError: If there is no prompt, or a name or a file is not as it must be.
+    """
+    if settings.data is not None:
+        prompts = read_prompts(settings.data)
+    else:
+        prompts = [sys.stdin.read().removesuffix("\n") if settings.prompt is None else settings.prompt]
+    if not any(prompts):
+        raise CommandError("There is no prompt. Give one by --prompt or on standard input, or several by --data.")
+    model, tokenizer = load_adapted_model(settings.adapter, settings.model, settings.dtype)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.sample:
+        set_seed(settings.seed)
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+        }
+    completions = complete(
+        model, tokenizer, prompts, settings.max_new_tokens, batch_size=settings.batch_size, **sampling
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if settings.json_lines:
+            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+        else:
+            print(completion.strip(), flush=True)
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    **kwargs: Any,
+) -> Iterator[str]:
+    """
+    Yield the completion of every prompt, without the prompt.
+
+    Args:
+        model: The model, which is left in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        prompts (`Sequence[str]`): The prompts.
+        max_new_tokens (`int`): The most tokens to write per prompt.
+        batch_size (`int`): Prompts at a time.
+        kwargs: For the model's `generate`.
+    """
+    model.eval()
+    padding = padding_id(tokenizer)
+    encoded = [prompt_ids(prompt, tokenizer) or [padding] for prompt in prompts]
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded[start : start + batch_size]
+        length = max(map(len, batch))
+        input_ids = torch.full((len(batch), length), padding)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, token_ids in enumerate(batch):
+            input_ids[row, length - len(token_ids) :] = torch.tensor(token_ids)
+            attention_mask[row, length - len(token_ids) :] = 1
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            **kwargs,
+        )
+        yield from tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -1,0 +1,128 @@
+"""Command-line options made from the fields of dataclasses, so that no option is written down a second time.
+
+A field's name, type, default and `metadata["help"]` become an option's. The command then gets one instance per dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from .errors import shown_as_command_error
+
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
+"""One or several names, as opposed to a regular expression."""
+
+
+def command(
+    app: typer.Typer, groups: dict[str, type[Any]], inherited: Sequence[type[Any]] = ()
+) -> Callable[[Function], Function]:
+    """
+    Register a function as a command of the app whose options are the fields of dataclasses.
+
+    Args:
+        app (`typer.Typer`): The app.
+        groups (`dict[str, type]`):
+            The dataclasses, by the title above their options in the help. The function is called with one instance of
+            each, in this order.
+        inherited (`Sequence[type]`): Base classes of theirs whose fields are not to become options.
+    """
+    left_out = {field.name for base in inherited for field in dataclasses.fields(base)}
+    members = {
+        title: [field for field in dataclasses.fields(group) if field.name not in left_out]
+        for title, group in groups.items()
+    }
+
+    def register(function: Function) -> Function:
+        def run(**values: Any) -> None:
+            instances = []
+            for title, group in groups.items():
+                with shown_as_command_error(ValueError, TypeError):
+                    instances.append(group(**{field.name: values[field.name] for field in members[title]}))
+            function(*instances)
+
+        parameters = [
+            option_parameter(group, field, title) for title, group in groups.items() for field in members[title]
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = function.__doc__
+        app.command(name=function.__name__)(run)
+        return function
+
+    return register
+
+
+def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str) -> inspect.Parameter:
+    """Return the parameter that makes typer offer a dataclass's field as an option, in the help under a title."""
+    allowed = _alternatives(typing.get_type_hints(group)[field.name])
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    name = f"--{field.name.replace('_', '-')}"
+    settings: dict[str, Any] = {"help": field.metadata.get("help"), "rich_help_panel": title}
+    annotation: Any = str
+    if allowed == {bool}:
+        annotation, name = bool, f"{name}/--no-{name.removeprefix('--')}"
+    elif len(allowed) == 1 and allowed <= {int, float, str, Path}:
+        (annotation,) = allowed
+    else:
+        settings.update(parser=value_parser(allowed), metavar="|".join(sorted(map(_describe, allowed))))
+    if default is None:
+        annotation = annotation | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[annotation, typer.Option(name, **settings)],
+    )
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """Return the types that an annotation allows, without `None`."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return {kind for kind in (typing.get_args(annotation) if is_union else [annotation]) if kind is not type(None)}
+
+
+def _describe(kind: Any) -> str:
+    (item,) = typing.get_args(kind) or (None,)
+    return f"{item.__name__},…" if item is not None else str(kind.__name__)
+
+
+def value_parser(allowed: set[Any]) -> Callable[[str], Any]:
+    """
+    Return a function that reads an option's text as one of several types.
+
+    Lists are written with commas. Where a string and a list of strings are both allowed, as for `target_modules`, names
+    are a list and everything else is a string, a regular expression.
+    """
+
+    def parse(text: str) -> Any:
+        if not isinstance(text, str):
+            return text  # a default
+        if bool in allowed and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if list[int] in allowed:
+            return _read_integers(text, int in allowed)
+        if list[str] in allowed and (str not in allowed or NAMES.fullmatch(text)):
+            return text.split(",")
+        return text
+
+    return parse
+
+
+def _read_integers(text: str, may_be_single: bool) -> Any:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected integers with commas between them, got {text!r}") from None
+    return numbers[0] if may_be_single and len(numbers) == 1 else numbers

@@ -1,0 +1,337 @@
+"""The command `prefix-plus`: its options, what it refuses, training, going on, generating and counting."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.cli import main
+from peft_prefix_plus.cli.options import value_parser
+from peft_prefix_plus.cli.records import Collator, Record, encode
+from peft_prefix_plus.cli.training import checkpoints
+
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["<end>", "<start>", "the", "a", "table", "is", "red", "blue", "chair", "green", "big", "cup", "box", "on"]
+EXAMPLES = [
+    {"prompt": "red table", "completion": "the table is red"},
+    {"prompt": "blue chair", "completion": "the chair is blue"},
+    {"prompt": "green cup", "completion": "the cup is green"},
+    {"prompt": "big box", "completion": "the box is big"},
+]
+
+
+def word_tokenizer(adds_start: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds_start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random model with a tokenizer of words."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "data.jsonl", EXAMPLES)
+
+
+def write_lines(path: Path, objects: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in objects), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> None:
+    """Run the command, which must succeed."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 0, stop.value.code
+
+
+def failure(*arguments: object) -> str:
+    """Run the command, which must stop with a message, and return it."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("Error: "), stop.value.code
+    return stop.value.code
+
+
+def training(base: Path, data: Path, output: Path, *more: object) -> list[object]:
+    options = ["--num-virtual-tokens", 4, "--batch-size", 2, "--no-progress", "--learning-rate", 0.05]
+    return ["train", "--model", base, "--data", data, "--output", output, *options, *more]
+
+
+# ---------------------------------------------------------------------------------------------------- train, generate
+
+
+def test_training_leaves_an_adapter_that_peft_loads_and_generate_uses(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "adapter"
+    run(*training(base, data, output, "--max-steps", 3, "--reparameterization", "mlp", "--layers-to-transform", "-1"))
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"):
+        assert (output / name).is_file()
+    assert not list(output.glob(".*"))
+    config = PeftConfig.from_pretrained(str(output))
+    assert (config.reparameterization, config.layers_to_transform, config.num_virtual_tokens) == ("mlp", -1, 4)
+    assert config.task_type == "CAUSAL_LM"
+    assert f'"{output.name}"' in (output / "README.md").read_text(encoding="utf-8")
+
+    model = AutoPeftModelForCausalLM.from_pretrained(str(output)).eval()
+    tokenizer = word_tokenizer()
+    prompts = [example["prompt"] for example in EXAMPLES]
+    expected = []
+    for prompt in prompts:
+        inputs = torch.tensor([tokenizer(prompt)["input_ids"]])
+        tokens = model.generate(input_ids=inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        expected.append(tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True))
+    capsys.readouterr()
+    run("generate", "--adapter", output, "--data", data, "--max-new-tokens", 5, "--json-lines", "--batch-size", 3)
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert written == [{"prompt": p, "completion": c} for p, c in zip(prompts, expected, strict=True)]
+    run("generate", "--adapter", output, "--model", base, "--prompt", prompts[0], "--max-new-tokens", 5)
+    assert capsys.readouterr().out == expected[0] + "\n"
+
+
+def test_generate_reads_standard_input_and_samples_the_same_with_the_same_seed(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "adapter"
+    run(*training(base, data, output, "--max-steps", 1))
+    capsys.readouterr()
+    texts = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("red table\n"))
+        run("generate", "--adapter", output, "--sample", "--temperature", 2.0, "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "no prompt" in failure("generate", "--adapter", output)
+
+
+def test_resumed_training_ends_where_uninterrupted_training_does(base: Path, data: Path, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    constant = ("--schedule", "constant", "--save-steps", 2)
+    run(*training(base, data, whole, *constant, "--max-steps", 6, "--resume"))  # nothing there yet: from the start
+    run(*training(base, data, resumed, *constant, "--max-steps", 2))
+    (resumed / "checkpoint-3").mkdir()  # what a crash leaves while the Trainer writes a checkpoint
+    (resumed / "checkpoint-3" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    run(*training(base, data, resumed, *constant, "--max-steps", 6, "--resume"))
+    expected, found = (load_file(path / "adapter_model.safetensors") for path in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_text_records_and_gradient_checkpointing_and_evaluation(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "texts.jsonl", [{"text": "the big red table is on the box"}, {"text": "a cup"}])
+    output = tmp_path / "adapter"
+    options = (
+        "--epochs",
+        1,
+        "--gradient-checkpointing",
+        "--eval-data",
+        data,
+        "--dtype",
+        "bfloat16",
+        "--max-length",
+        5,
+    )
+    run(*training(base, data, output, *options, "--save-steps", 1))
+    printed = capsys.readouterr()
+    assert "eval_loss" in printed.out
+    assert "1 of 2 records have more than 5 tokens" in printed.err
+    assert checkpoints(output) == [output / "checkpoint-1"]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', "line 2: expected one JSON object per line, found {"),
+        ('\n["a"]\n', 'line 2: expected a JSON object, found ["a"]'),
+        (
+            '{"instruction": "a", "output": "b"}',
+            "expected the keys 'prompt' and 'completion', or the key 'text'; found",
+        ),
+        ('{"text": "a", "prompt": "b", "completion": "c"}', "line 1: expected the keys"),
+        ('{"prompt": "a", "completion": 3}', "line 1: 'completion' must be a string, found 3"),
+        ('{"prompt": "a", "completion": ""}', "line 1: the completion is empty"),
+        ("\n\n", "is empty: expected one JSON object per line"),
+        (None, "Cannot read"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    if content is not None:
+        data.write_text(content, encoding="utf-8")
+    found = failure(*training(base, data, tmp_path / "adapter"))
+    assert message in found and str(data) in found
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_used_output_directory_needs_a_word(base: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    assert "not empty" in failure(*training(base, data, output))
+    assert "no complete checkpoint" in failure(*training(base, data, output, "--resume"))
+    assert "contradict" in failure(*training(base, data, output, "--resume", "--overwrite"))
+    assert "is a file" in failure(*training(base, data, output / "notes.txt"))
+    run(*training(base, data, output, "--max-steps", 1, "--save-steps", 1, "--overwrite"))
+    assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"
+    message = failure(*training(base, data, output, "--resume", "--encoder-dim", 8))
+    assert "encoder_dim is 64 there and 8 here" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoder-hidden-size", 8], "`encoder_hidden_size` is 8"),
+        (["--layers-to-transform", 7], "names layer 7"),
+        (["--batch-size", 0], "`batch_size` must be at least 1"),
+        (["--dtype", "float8"], "`dtype` must be one of"),
+        (["--schedule", "downhill"], "downhill"),
+        (["--model", "no/such/model"], "Cannot load the tokenizer of 'no/such/model'"),
+    ],
+)
+def test_bad_options_are_refused_in_words(
+    base: Path, data: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    assert message in failure(*training(base, data, tmp_path / "adapter", *options))
+
+
+def test_generate_refuses_what_is_no_prefix_plus_adapter(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    assert "is a LORA adapter" in failure("generate", "--adapter", tmp_path, "--prompt", "a")
+    assert "Cannot load the adapter" in failure("generate", "--adapter", tmp_path / "none", "--prompt", "a")
+
+
+# ---------------------------------------------------------------------------------------------------- parameters
+
+
+def test_params_counts_what_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    num_layers, size, length, width, hidden = 32, 2 * 32 * 128, 20, 64, 64
+    virtual_tokens, output = length * width, width * size
+    inner, bias = width * hidden + hidden, size
+    expected = {
+        ("none", ""): num_layers * length * size,
+        ("linear", "none"): num_layers * (virtual_tokens + output),
+        ("linear", "input"): virtual_tokens + num_layers * output,
+        ("linear", "projection"): num_layers * virtual_tokens + output,
+        ("linear", "all"): virtual_tokens + output,
+        ("mlp", "none"): num_layers * (virtual_tokens + inner + output + bias),
+        ("mlp", "input"): virtual_tokens + inner + num_layers * (output + bias),
+        ("mlp", "projection"): num_layers * virtual_tokens + inner + output + bias,
+        ("mlp", "all"): virtual_tokens + inner + output + bias,
+    }
+    assert (expected["none", ""], expected["linear", "projection"]) == (5_242_880, 565_248)
+    run("params", "--markdown")
+    printed = capsys.readouterr().out
+    rows = [[cell.strip(' `"') for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    assert {(row[0], row[1]): int(row[2].replace(",", "")) for row in rows} == expected
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_params_reads_a_models_configuration(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("params", "--model", base, "--layers-to-transform", "0", "--num-virtual-tokens", 3)
+    assert f"{3 * 2 * 2 * 8:,}" in capsys.readouterr().out
+    assert "Cannot load the configuration" in failure("params", "--model", "no/such/model")
+
+
+# ---------------------------------------------------------------------------------------------------- options, records
+
+
+def test_every_field_of_the_configuration_is_an_option_of_train(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {field.name for field in dataclasses.fields(PrefixPlusConfig)}
+    own -= {field.name for field in dataclasses.fields(PeftConfig)}
+    monkeypatch.setenv("COLUMNS", "300")
+    run("train", "--help")
+    printed = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in printed for name in own)
+
+
+def test_option_values_become_what_the_field_allows() -> None:
+    layers = value_parser({int, list[int]})
+    assert (layers("3"), layers("0,-1")) == (3, [0, -1])
+    names = value_parser({str, list[str]})
+    assert names("self_attn") == ["self_attn"]
+    assert names("0.self_attn,1.self_attn") == ["0.self_attn", "1.self_attn"]
+    assert names(r".*\.[01]\.self_attn") == r".*\.[01]\.self_attn"
+    start = value_parser({bool, str})
+    assert (start("true"), start("False"), start("zero")) == (True, False, "zero")
+
+
+@pytest.mark.parametrize("adds_start", [False, True])
+def test_the_loss_is_on_the_completion_and_the_end(adds_start: bool) -> None:
+    tokenizer = word_tokenizer(adds_start)
+    records = [Record("red table", "the table is red"), Record("", "a cup")]
+    batch = Collator(0)([encode(record, tokenizer) for record in records])
+    with_loss = [row[row != -100] for row in batch["labels"]]
+    assert [tokenizer.decode(row) for row in with_loss] == ["the table is red <end>", "a cup <end>"]
+    first = ["<start>"] if adds_start else []
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0])[: len(first) + 2] == [*first, "red", "table"]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [7 + adds_start, 3 + adds_start]
+
+
+def test_a_long_record_loses_its_prompts_start_first() -> None:
+    tokenizer = word_tokenizer()
+    encoded = encode(Record("a big red table", "the table is red"), tokenizer, max_length=7)
+    assert tokenizer.decode(encoded.token_ids) == "red table the table is red <end>"
+    assert encoded.num_prompt_tokens == 2
+    encoded = encode(Record("a big red table", "the table is red"), tokenizer, max_length=3)
+    assert (tokenizer.decode(encoded.token_ids), encoded.num_prompt_tokens) == ("the table is", 0)
+
+
+def test_the_package_needs_nothing_of_the_commands_and_the_command_says_what_it_lacks() -> None:
+    program = """
+import sys
+import peft_prefix_plus
+assert not {"typer", "peft_prefix_plus.cli"} & set(sys.modules)
+sys.modules["typer"] = None
+from peft_prefix_plus.cli import main
+main(["params"])
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'pip install "peft-prefix-plus[cli]"' in result.stderr and "typer" in result.stderr
