@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ from transformers import PreTrainedModel
 
 from .attention import (
     ConfigView,
+    InlineAttention,
+    InlineHooks,
     attend_as_base,
     eager_attention_function,
+    may_compute_attention,
     model_config,
     reads_implementation,
     set_config,
 )
 from .encoders import KVShape
+from .registration import METHOD_NAME
 
 
 PROBE_NAME = "prefix_plus_probe"
@@ -46,7 +51,7 @@ class AttentionGeometry:
     num_query_heads: int
 
 
-def is_attention_module(module: nn.Module) -> bool:
+def calls_attention_interface(module: nn.Module) -> bool:
     """Whether a module computes its attention through transformers' attention interface."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", _no_code).co_names and hasattr(module, "config")
@@ -55,8 +60,20 @@ def is_attention_module(module: nn.Module) -> bool:
 _no_code = (lambda: None).__code__
 
 
+def is_attention_module(module: nn.Module) -> bool:
+    """
+    Whether a module may be one of attention: through the interface, or by itself.
+
+    What computes a softmax by itself may also be something else (the router of a mixture of experts): [`probe`] tells.
+    """
+    if isinstance(module, PreTrainedModel):
+        return False
+    module_class: type = type(module)
+    return calls_attention_interface(module) or may_compute_attention(module_class)
+
+
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention modules of a model by name, in the model's order."""
+    """Return the modules of a model that may be attention, by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_attention_module(module)}
 
 
@@ -79,24 +96,52 @@ def probe_attention(
 
 
 @contextmanager
-def recording(modules: dict[str, nn.Module], record: Callable[..., None]) -> Iterator[None]:
+def recording(
+    modules: dict[str, nn.Module], record: Callable[..., None], reject: Callable[[str, str], None] = lambda *_: None
+) -> Iterator[None]:
     """
-    Call `record(name, query, key, value)` whenever one of the modules computes attention.
+    Call `record(name, query, key, value)` whenever one of the modules computes attention, and `reject(name, reason)`
+    when one that does not call the attention interface has computed something else.
 
     Prefixes that the modules carry have no effect meanwhile, and everything is as before afterwards.
     """
-    configs = {name: module.config for name, module in modules.items()}
-    try:
+    with ExitStack() as stack:
         for name, module in modules.items():
+            observe = _observing_interface if calls_attention_interface(module) else _observing_inline
+            stack.enter_context(observe(module, partial(record, name), partial(reject, name)))
+        yield
 
-            def record_module(*tensors: torch.Tensor, name: str = name) -> None:
-                record(name, *tensors)
 
-            set_config(module, _ProbeView(model_config(module), record_module, reads_implementation(type(module))))
+@contextmanager
+def _observing_interface(
+    module: nn.Module, record: Callable[..., None], reject: Callable[..., None]
+) -> Iterator[None]:
+    config = module.config
+    set_config(module, _ProbeView(model_config(module), record, reads_implementation(type(module))))
+    try:
         yield
     finally:
-        for name, module in modules.items():
-            set_config(module, configs[name])
+        set_config(module, config)
+
+
+@contextmanager
+def _observing_inline(module: nn.Module, record: Callable[..., None], reject: Callable[..., None]) -> Iterator[None]:
+    def finish(mode: InlineAttention) -> None:
+        if mode.is_complete():
+            record(*mode.attended[0])
+        else:
+            reject(mode.obstacle())
+
+    layer: Any = getattr(module, METHOD_NAME, None)
+    if layer is not None:
+        layer.inline_hooks.is_suspended = True
+    hooks = InlineHooks(module, None, lambda: True, finish)
+    try:
+        yield
+    finally:
+        hooks.remove()
+        if layer is not None:
+            layer.inline_hooks.is_suspended = False
 
 
 @contextmanager
@@ -132,6 +177,7 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
     """
     modules = attention_modules(model)
     found: dict[str, AttentionGeometry] = {}
+    rejected: dict[str, str] = {}
     is_encoder_decoder = False
 
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -149,23 +195,26 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
         if all(name in found for name in targets):
             continue
         is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
-        with recording(modules, record), evaluating(submodel):
+        with recording(modules, record, rejected.__setitem__), evaluating(submodel):
             try:
                 submodel(**probe_inputs(submodel))
             except Exception as error:
                 # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
-                if not all(name in found for name in members):
+                if not all(name in found or name in rejected for name in members):
                     raise ValueError(
                         f"Could not determine the shapes of the keys and values of {type(submodel).__name__}: a "
                         f"forward with {sorted(probe_inputs(submodel))} failed ({type(error).__name__}: {error})."
                     ) from error
 
+    found = {name: geometry for name, geometry in found.items() if name not in rejected}
     unreached = [name for name in wanted if name not in found]
     if unreached or not found:
         names = ", ".join(unreached) or f"any attention module of {type(model).__name__}"
+        reasons = [f"{name} computes no attention that can be followed: {why}." for name, why in rejected.items()]
         raise ValueError(
             f"Could not determine the shape of the keys and values of {names}: a forward of the model does not reach "
-            "their attention. Name only attention modules that its main input reaches, in `target_modules`."
+            "their attention. Name only attention modules that its main input reaches, in `target_modules`. "
+            + " ".join(reasons[:1])
         )
     return {name: found[name] for name in modules if name in found}
 

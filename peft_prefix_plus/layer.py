@@ -12,15 +12,17 @@ from torch import nn
 
 from .attention import (
     ConfigView,
+    InlineHooks,
     Prefix,
     concatenated,
     eager_attention_function,
     model_config,
     reads_implementation,
+    require_complete,
     set_config,
 )
 from .encoders import DirectEncoder, KVShape, ProjectedEncoder
-from .geometry import AttentionGeometry, execution_device
+from .geometry import AttentionGeometry, calls_attention_interface, execution_device
 from .memo import Memo
 from .registration import METHOD_NAME
 
@@ -60,7 +62,10 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self.prefix_plus_gate = nn.ParameterDict({})
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
-        self.eager_attention = eager_attention_function(type(attention))
+        is_interface = calls_attention_interface(attention)
+        self.eager_attention = eager_attention_function(type(attention)) if is_interface else None
+        # Set by `attach` where the attention module does not call the attention interface.
+        self.inline_hooks: InlineHooks | None = None
         self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
         self._adapters = adapters
         self._active_adapter = []
@@ -141,16 +146,27 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         Returns:
             `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that have a gate.
         """
-        if self.disable_adapters:
+        present = self._present_adapters()
+        if not present:
             return None, ()
         adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
-        present = list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._produced.clear()
             return self._produce(present, key, value)
         sources = [tensor for name in present for tensor in self._sources(name)]
         context = (tuple(adapter_names), key.shape[0], key.dtype, key.device, value.dtype, value.device)
         return self._produced.get(sources, context, lambda: self._produce(present, key, value))
+
+    def _present_adapters(self) -> list[str]:
+        """The adapters whose prefixes take part in the next forward."""
+        if self.disable_adapters:
+            return []
+        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
+        return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
+
+    def has_prefix(self) -> bool:
+        """Whether a prefix takes part in the next forward."""
+        return bool(self._present_adapters())
 
     def _sources(self, adapter_name: str) -> list[torch.Tensor]:
         """The parameters that an adapter's prefix here depends on, shared ones included."""
@@ -240,11 +256,18 @@ def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
     if layer is None:
         layer = PrefixPlusLayer(attention, adapters)
         attention.add_module(METHOD_NAME, layer)
-        set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
+        if calls_attention_interface(attention):
+            set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
+        else:
+            layer.inline_hooks = InlineHooks(attention, layer, layer.has_prefix, require_complete)
     return layer
 
 
 def detach(attention: nn.Module) -> None:
     """Leave the attention module as it was before [`attach`]."""
-    set_config(attention, model_config(attention))
+    layer: Any = getattr(attention, METHOD_NAME)
+    if layer.inline_hooks is None:
+        set_config(attention, model_config(attention))
+    else:
+        layer.inline_hooks.remove()
     delattr(attention, METHOD_NAME)

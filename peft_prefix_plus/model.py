@@ -18,6 +18,7 @@ from torch import nn
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
 from .encoders import KVShape
+from .geometry import calls_attention_interface
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
@@ -100,7 +101,9 @@ class PrefixPlusModel(BaseTuner):
                 self._selection = select_saved_modules(model, config, state_dict)
             self._shared_parts: dict[tuple[str, KVShape | None], nn.Module] = {}
             for name in self._selection.modules:
-                attention_family(model_config(model.get_submodule(name))._attn_implementation)
+                module = model.get_submodule(name)
+                if calls_attention_interface(module):
+                    attention_family(model_config(module)._attn_implementation)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _check_adapter_name(model, adapter_name)
         except BaseException:
@@ -247,6 +250,11 @@ class PrefixPlusModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])  # or else the active adapter's copy of the module would stay in the model
         return super().unload()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(
+            parent, child_name, new_module
+        )  # PEFT's copies a weight, which not every module in `modules_to_save` has
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import match_target_against_key
 from torch import nn
 
+from .attention import UNSUPPORTED
 from .config import PrefixPlusConfig
 from .geometry import AttentionGeometry, attention_modules, probe
 from .registration import METHOD_NAME
@@ -95,11 +96,18 @@ def select_saved_modules(
 
 
 def _candidates(model: nn.Module) -> list[str]:
+    for name, module in model.named_modules():
+        reason = UNSUPPORTED.get(type(module).__name__)
+        if reason is not None:
+            raise ValueError(
+                f"PREFIX_PLUS cannot prefix {type(model).__name__}: its {name} ({type(module).__name__}) computes {reason}."
+            )
     candidates = list(attention_modules(model))
     if not candidates:
         raise ValueError(
             f"{type(model).__name__} has no attention module that PREFIX_PLUS can prefix: none of its modules computes "
-            "attention through transformers' attention interface. Use a model with attention, or another PEFT method."
+            "attention through transformers' attention interface, or takes a softmax of scores by itself. Use a model "
+            "with attention, or another PEFT method."
         )
     return candidates
 

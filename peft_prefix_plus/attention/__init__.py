@@ -2,18 +2,24 @@
 
 from .config_view import ConfigView, model_config, reads_implementation, set_config
 from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
+from .inline import UNSUPPORTED, InlineAttention, InlineHooks, may_compute_attention, require_complete
 from .prefix import Prefix, concatenated
 
 
 __all__ = [
+    "UNSUPPORTED",
     "ConfigView",
+    "InlineAttention",
+    "InlineHooks",
     "Prefix",
     "attend_as_base",
     "attention_family",
     "concatenated",
     "eager_attention_function",
+    "may_compute_attention",
     "model_config",
     "prefix_attention",
     "reads_implementation",
+    "require_complete",
     "set_config",
 ]

@@ -1,0 +1,202 @@
+"""Every architecture in transformers' auto mappings: it works with a prefix in everything, or says clearly why not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import UNBUILDABLE, Case, cases, inputs_of, tiny_model, token_ids
+
+from models import adapter_parameters, assert_unchanged, prefix_layers, state_of
+from peft_prefix_plus import PrefixPlusConfig
+
+
+SAMPLE = {
+    "CAUSAL_LM-LlamaForCausalLM",
+    "CAUSAL_LM-DeepseekV3ForCausalLM",
+    "CAUSAL_LM-Gemma4ForCausalLM",
+    "CAUSAL_LM-GptOssForCausalLM",
+    "CAUSAL_LM-Qwen3NextForCausalLM",
+    "CAUSAL_LM-JambaForCausalLM",
+    "CAUSAL_LM-BloomForCausalLM",
+    "CAUSAL_LM-FalconForCausalLM",
+    "CAUSAL_LM-GPTJForCausalLM",
+    "CAUSAL_LM-MptForCausalLM",
+    "CAUSAL_LM-MambaForCausalLM",
+    "SEQ_2_SEQ_LM-T5ForConditionalGeneration",
+    "SEQ_2_SEQ_LM-LEDForConditionalGeneration",
+    "SEQ_CLS-DebertaV2ForSequenceClassification",
+    "SEQ_CLS-MPNetForSequenceClassification",
+    "SEQ_CLS-RoFormerForSequenceClassification",
+    "SEQ_CLS-FNetForSequenceClassification",
+}
+"""What the default run tests; the rest has the marker `models`."""
+
+WITHOUT_PREFIX: dict[str, str] = {}
+"""The model classes that are refused, with what their error says."""
+
+
+def parameters() -> list[Any]:
+    """The cases as pytest's parameters."""
+    return [
+        pytest.param(case, id=str(case), marks=[] if str(case) in SAMPLE else [pytest.mark.models])
+        for case in cases()
+        if case.class_name not in UNBUILDABLE
+    ]
+
+
+@pytest.mark.parametrize("case", parameters())
+def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_path: Path) -> None:
+    model = tiny_model(case)
+    before = state_of(model)
+    try:
+        tuned = get_peft_model(model, config_for(case))
+    except ValueError as error:
+        report(case, "refused", str(error))
+        assert_unchanged(model, before)
+        assert type(model).__name__ in str(error)
+        return
+    try:
+        check_all(case, tuned, tmp_path)
+    except BaseException as error:
+        report(case, "failed", f"{type(error).__name__}: {error}")
+        raise
+    report(
+        case, "passed", ", ".join(sorted({type(layer.attention).__name__ for layer in prefix_layers(tuned).values()}))
+    )
+
+
+def config_for(case: Case) -> PrefixPlusConfig:
+    # keys and values of both signs and unit size: they visibly change what the model computes
+    return PrefixPlusConfig(task_type=case.task_type, num_virtual_tokens=3, init_weights=False)
+
+
+def report(case: Case, outcome: str, detail: str) -> None:
+    """Note a result for docs/models.md, if the run was asked to."""
+    path = os.environ.get("MODELS_REPORT")
+    if path is not None:
+        line = json.dumps(
+            {"case": [case.task_type, case.model_type, case.class_name], "outcome": outcome, "detail": detail}
+        )
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def check_all(case: Case, tuned: PeftModel, tmp_path: Path) -> None:
+    tuned.eval()
+    base = tiny_model(case)
+    inputs = inputs_of(case, base)
+    expected = logits_of(base, inputs)
+    changed = logits_of(tuned, inputs)
+    assert not torch.allclose(changed, expected, atol=1e-5), "the adapter changes nothing"
+    with tuned.disable_adapter():
+        assert torch.equal(logits_of(tuned, inputs), expected), "disabled, it is not the base model"
+    check_rows_are_independent(tuned, inputs, changed)
+    check_save_and_load(case, tuned, inputs, changed, tmp_path)
+    if case.task_type != "SEQ_CLS":
+        check_generation(case, tuned, base)
+    check_training_step(case, tuned)
+    assert_unloads(tuned, base, inputs, expected)
+
+
+def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    logits = outputs.logits if "logits" in outputs else outputs[0]
+    assert logits.isfinite().all(), "the logits are not finite"
+    return logits
+
+
+def check_rows_are_independent(tuned: PeftModel, inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+    """Each row of a batch gets what it gets alone."""
+    alone = logits_of(tuned, {name: tensor[:1] for name, tensor in inputs.items()})
+    torch.testing.assert_close(alone, logits[:1], atol=2e-4, rtol=1e-3)
+
+
+def check_save_and_load(
+    case: Case, tuned: PeftModel, inputs: dict[str, torch.Tensor], logits: torch.Tensor, tmp_path: Path
+) -> None:
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(case), tmp_path).eval()
+    assert torch.equal(logits_of(loaded, inputs), logits), "loaded, it computes something else"
+
+
+def check_generation(case: Case, tuned: PeftModel, base: Any) -> None:
+    """Greedy generation with a cache gives what forwards over the whole text give, where it does so in the base model."""
+    prompt = token_ids(2, 6, seed=2)
+    of_tuned, of_base = generated(tuned, prompt), generated(base, prompt)
+    assert of_tuned.sequences.shape == of_base.sequences.shape
+    assert not torch.equal(of_tuned.logits[-1], of_base.logits[-1]), "the adapter does not change what is generated"
+    if base_error := error_of_cache(base, prompt, of_base) < 1e-3:
+        error = error_of_cache(tuned, prompt, of_tuned)
+        assert error < 1e-2, f"with a cache the logits are off by {error} (the base model's by {base_error})"
+
+
+def generated(model: Any, prompt: torch.Tensor) -> Any:
+    torch.manual_seed(0)
+    return model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def error_of_cache(model: Any, prompt: torch.Tensor, output: Any) -> float:
+    """How far the last logits of a generation with a cache are from those of one forward over all that it generated."""
+    text = output.sequences[:, :-1]
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": prompt, "decoder_input_ids": text}
+    else:
+        inputs = {"input_ids": text}
+    return float((logits_of(model, inputs)[:, -1] - output.logits[-1]).abs().max())
+
+
+def check_training_step(case: Case, tuned: PeftModel) -> None:
+    tuned.train()
+    inputs = inputs_of(case, tuned.get_base_model(), with_labels=True)
+    adapter = adapter_parameters(tuned)
+    optimizer = torch.optim.SGD([parameter for parameter in tuned.parameters() if parameter.requires_grad], lr=0.1)
+    loss_of(case, tuned, inputs).backward()
+    optimizer.step()
+    assert adapter
+    for name, parameter in adapter.items():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), f"{name} has a gradient that is not finite"
+        assert parameter.grad.any(), f"{name} has a gradient of zero"
+    optimizer.zero_grad()
+    tuned.eval()
+
+
+def loss_of(case: Case, tuned: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of the task, or for the few models that compute none, cross-entropy of the logits."""
+    if "labels" in inspect.signature(type(tuned.get_base_model()).forward).parameters:
+        return tuned(**inputs).loss
+    labels = inputs.pop("labels")
+    logits = tuned(**inputs).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def assert_unloads(tuned: PeftModel, base: Any, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    unloaded = tuned.unload()
+    assert not prefix_layers(unloaded)
+    hooks = {
+        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in unloaded.named_modules()
+    }
+    assert hooks == {
+        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in base.named_modules()
+    }
+    assert [name for name, _ in unloaded.named_modules()] == [name for name, _ in base.named_modules()]
+    assert torch.equal(logits_of(unloaded, inputs), expected)
