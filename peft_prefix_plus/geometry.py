@@ -209,14 +209,24 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
     found = {name: geometry for name, geometry in found.items() if name not in rejected}
     unreached = [name for name in wanted if name not in found]
     if unreached or not found:
-        names = ", ".join(unreached) or f"any attention module of {type(model).__name__}"
-        reasons = [f"{name} computes no attention that can be followed: {why}." for name, why in rejected.items()]
-        raise ValueError(
-            f"Could not determine the shape of the keys and values of {names}: a forward of the model does not reach "
-            "their attention. Name only attention modules that its main input reaches, in `target_modules`. "
-            + " ".join(reasons[:1])
-        )
+        raise ValueError(_why_not_found(model, unreached, rejected))
     return {name: found[name] for name in modules if name in found}
+
+
+def _why_not_found(model: nn.Module, unreached: list[str], rejected: dict[str, str]) -> str:
+    """The error for attention modules that the probe did not find: those wanted, or any."""
+    for name in unreached or rejected:
+        if name in rejected:
+            return (
+                f"PREFIX_PLUS cannot prefix {name} of {type(model).__name__}: the forward of "
+                f"{type(model.get_submodule(name)).__name__} computes no attention over keys and values in a form that can "
+                f"be followed ({rejected[name]}). Choose other modules by `target_modules`, or another PEFT method."
+            )
+    names = ", ".join(unreached) or f"any attention module of {type(model).__name__}"
+    return (
+        f"Could not determine the shape of the keys and values of {names}: a forward of the model does not reach "
+        "their attention. Name only attention modules that its main input reaches, in `target_modules`."
+    )
 
 
 def _outermost_first(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

@@ -1,4 +1,8 @@
-"""Every architecture in transformers' auto mappings: it works with a prefix in everything, or says clearly why not."""
+"""
+Every architecture in transformers' auto mappings: it works with a prefix in everything, or says clearly why not.
+
+`make test-models` tests them all and writes docs/models.md; the default run tests a sample.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from tiny_models import UNBUILDABLE, Case, cases, inputs_of, tiny_model, token_ids
-
 from models import adapter_parameters, assert_unchanged, prefix_layers, state_of
+from peft import PeftModel, get_peft_model
+from tiny_models import NO_TEXT_LOSS, UNBUILDABLE, Case, cases, inputs_of, tiny_model, token_ids
+
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.geometry import attention_modules
 
 
 SAMPLE = {
@@ -38,8 +43,7 @@ SAMPLE = {
 }
 """What the default run tests; the rest has the marker `models`."""
 
-WITHOUT_PREFIX: dict[str, str] = {}
-"""The model classes that are refused, with what their error says."""
+PROMPT = token_ids(2, 6, seed=2)
 
 
 def parameters() -> list[Any]:
@@ -56,20 +60,18 @@ def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_pat
     model = tiny_model(case)
     before = state_of(model)
     try:
-        tuned = get_peft_model(model, config_for(case))
+        get_peft_model(model, config_for(case))
     except ValueError as error:
         report(case, "refused", str(error))
         assert_unchanged(model, before)
         assert type(model).__name__ in str(error)
         return
     try:
-        check_all(case, tuned, tmp_path)
+        prefixed, others = check_all(case, tmp_path)
     except BaseException as error:
         report(case, "failed", f"{type(error).__name__}: {error}")
         raise
-    report(
-        case, "passed", ", ".join(sorted({type(layer.attention).__name__ for layer in prefix_layers(tuned).values()}))
-    )
+    report(case, "passed", {"prefixed": prefixed, "others": others})
 
 
 def config_for(case: Case) -> PrefixPlusConfig:
@@ -77,7 +79,7 @@ def config_for(case: Case) -> PrefixPlusConfig:
     return PrefixPlusConfig(task_type=case.task_type, num_virtual_tokens=3, init_weights=False)
 
 
-def report(case: Case, outcome: str, detail: str) -> None:
+def report(case: Case, outcome: str, detail: Any) -> None:
     """Note a result for docs/models.md, if the run was asked to."""
     path = os.environ.get("MODELS_REPORT")
     if path is not None:
@@ -88,21 +90,39 @@ def report(case: Case, outcome: str, detail: str) -> None:
             file.write(line + "\n")
 
 
-def check_all(case: Case, tuned: PeftModel, tmp_path: Path) -> None:
-    tuned.eval()
-    base = tiny_model(case)
-    inputs = inputs_of(case, base)
-    expected = logits_of(base, inputs)
+def check_all(case: Case, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Check everything on one model; return the classes of the attention modules with and without a prefix."""
+    # frozen, as the adapter leaves it: torch takes other kernels for some sums when a parameter needs a gradient
+    model = tiny_model(case).requires_grad_(False)
+    inputs = inputs_of(case, model)
+    expected = logits_of(model, inputs)
+    modules = [name for name, _ in model.named_modules()]
+    output = None if case.task_type == "SEQ_CLS" else generated(model)
+
+    tuned = get_peft_model(model, config_for(case)).eval()
     changed = logits_of(tuned, inputs)
     assert not torch.allclose(changed, expected, atol=1e-5), "the adapter changes nothing"
     with tuned.disable_adapter():
         assert torch.equal(logits_of(tuned, inputs), expected), "disabled, it is not the base model"
     check_rows_are_independent(tuned, inputs, changed)
-    check_save_and_load(case, tuned, inputs, changed, tmp_path)
-    if case.task_type != "SEQ_CLS":
-        check_generation(case, tuned, base)
-    check_training_step(case, tuned)
-    assert_unloads(tuned, base, inputs, expected)
+    if output is not None:
+        check_generation(tuned, output)
+    tuned.save_pretrained(tmp_path)
+
+    unloaded = tuned.unload()
+    assert [name for name, _ in unloaded.named_modules()] == modules
+    assert not any(module._forward_pre_hooks for name, module in unloaded.named_modules() if "attention" in name)
+    assert torch.equal(logits_of(unloaded, inputs), expected), "unloaded, it is not the base model"
+    loaded = PeftModel.from_pretrained(unloaded, tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits_of(loaded, inputs), changed), "loaded, it computes something else"
+    check_training_step(case, loaded)
+    return attention_classes(loaded)
+
+
+def attention_classes(tuned: PeftModel) -> tuple[list[str], list[str]]:
+    prefixed = {type(layer.attention).__name__ for layer in prefix_layers(tuned).values()}
+    others = {type(module).__name__ for module in attention_modules(tuned).values()}
+    return sorted(prefixed), sorted(name for name in others - prefixed if "Attention" in name)
 
 
 def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -120,30 +140,24 @@ def check_rows_are_independent(tuned: PeftModel, inputs: dict[str, torch.Tensor]
     torch.testing.assert_close(alone, logits[:1], atol=2e-4, rtol=1e-3)
 
 
-def check_save_and_load(
-    case: Case, tuned: PeftModel, inputs: dict[str, torch.Tensor], logits: torch.Tensor, tmp_path: Path
-) -> None:
-    tuned.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model(case), tmp_path).eval()
-    assert torch.equal(logits_of(loaded, inputs), logits), "loaded, it computes something else"
-
-
-def check_generation(case: Case, tuned: PeftModel, base: Any) -> None:
+def check_generation(tuned: PeftModel, of_base: Any) -> None:
     """Greedy generation with a cache gives what forwards over the whole text give, where it does so in the base model."""
-    prompt = token_ids(2, 6, seed=2)
-    of_tuned, of_base = generated(tuned, prompt), generated(base, prompt)
+    of_tuned = generated(tuned)
     assert of_tuned.sequences.shape == of_base.sequences.shape
     assert not torch.equal(of_tuned.logits[-1], of_base.logits[-1]), "the adapter does not change what is generated"
-    if base_error := error_of_cache(base, prompt, of_base) < 1e-3:
-        error = error_of_cache(tuned, prompt, of_tuned)
-        assert error < 1e-2, f"with a cache the logits are off by {error} (the base model's by {base_error})"
+    with tuned.disable_adapter():
+        base_error = error_of_cache(tuned, of_base)
+    error = error_of_cache(tuned, of_tuned)
+    assert base_error > 1e-3 or error < 1e-2, (
+        f"with a cache the logits are off by {error}, the base model's by {base_error}"
+    )
 
 
-def generated(model: Any, prompt: torch.Tensor) -> Any:
+def generated(model: Any) -> Any:
     torch.manual_seed(0)
     return model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
+        input_ids=PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
         max_new_tokens=4,
         min_new_tokens=4,
         do_sample=False,
@@ -154,11 +168,11 @@ def generated(model: Any, prompt: torch.Tensor) -> Any:
     )
 
 
-def error_of_cache(model: Any, prompt: torch.Tensor, output: Any) -> float:
+def error_of_cache(model: Any, output: Any) -> float:
     """How far the last logits of a generation with a cache are from those of one forward over all that it generated."""
     text = output.sequences[:, :-1]
     if model.config.is_encoder_decoder:
-        inputs = {"input_ids": prompt, "decoder_input_ids": text}
+        inputs = {"input_ids": PROMPT, "decoder_input_ids": text}
     else:
         inputs = {"input_ids": text}
     return float((logits_of(model, inputs)[:, -1] - output.logits[-1]).abs().max())
@@ -182,21 +196,14 @@ def check_training_step(case: Case, tuned: PeftModel) -> None:
 
 def loss_of(case: Case, tuned: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of the task, or for the few models that compute none, cross-entropy of the logits."""
-    if "labels" in inspect.signature(type(tuned.get_base_model()).forward).parameters:
+    base = type(tuned.get_base_model())
+    if "labels" in inspect.signature(base.forward).parameters and base.__name__ not in NO_TEXT_LOSS:
         return tuned(**inputs).loss
     labels = inputs.pop("labels")
     logits = tuned(**inputs).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def assert_unloads(tuned: PeftModel, base: Any, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
-    unloaded = tuned.unload()
-    assert not prefix_layers(unloaded)
-    hooks = {
-        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in unloaded.named_modules()
-    }
-    assert hooks == {
-        name: len(module._forward_pre_hooks) + len(module._forward_hooks) for name, module in base.named_modules()
-    }
-    assert [name for name, _ in unloaded.named_modules()] == [name for name, _ in base.named_modules()]
-    assert torch.equal(logits_of(unloaded, inputs), expected)
+def test_the_documentation_lists_every_architecture() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [str(case) for case in cases() if f"`{case.class_name}`" not in text] == []

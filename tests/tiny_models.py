@@ -54,7 +54,8 @@ RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|n_experts|zero_expert_num|num_expert)", 4),
     (r".*shared_experts", 1),
     (r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length)", 128),
-    (r"max_source_positions|max_target_positions|sliding_window(_size)?|local_attention|.*attention_chunk_size", 8),
+    (r"max_target_positions", 128),
+    (r"max_source_positions|sliding_window(_size)?|local_attention|.*attention_chunk_size", 8),
     (r"num_mel_bins|mamba_d_state|state_size|ssm_state_size|mamba_chunk_size|chunk_size", 8),
     (r"initializer_range|init_std", 0.1),
     (r".*(dropout|layerdrop|pdrop)(_prob|_rate)?|.*_dropout_p(rob)?", 0.0),
@@ -132,9 +133,15 @@ def _layer_kinds(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    # what the published models have and the default config has not
+    "DebertaConfig": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "DebertaV2Config": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
     # kinds of layers that are given by other fields than layer_types
     "BambaConfig": {"attn_layer_indices": [1]},
-    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "JambaConfig": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
@@ -154,17 +161,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "CanineConfig": {"local_transformer_stride": 2, "downsampling_rate": 2, "num_hash_buckets": 64},
-    "FunnelConfig": {"block_sizes": [1, 1]},
     "BigBirdConfig": {"attention_type": "original_full"},
     "BigBirdPegasusConfig": {"attention_type": "original_full"},
     "XmodConfig": {"default_language": "en_XX"},
     "T5Config": {"decoder_start_token_id": BOS_TOKEN},
     "EsmConfig": {"vocab_size": VOCABULARY, "mask_token_id": 4},
-    "CohereCompassTextConfig": {"layer_types": ["full_attention", "sliding_attention"]},
+    "CohereCompassTextConfig": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
     "ZambaConfig": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        "use_mamba_kernels": False,
     },
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,
@@ -179,11 +190,28 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"],
         "num_buckets": 2,
     },
-    "Dots3NoteVisionConfig": {},
+    "EsmcConfig": {"num_key_value_heads": 4},
+    "EncoderDecoderConfig": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 64},
+    "FunnelConfig": {"block_sizes": [1, 1], "bos_token_id": BOS_TOKEN},
 }
 """What the rules get wrong, by config class."""
 
+GENERATION: dict[str, dict[str, Any]] = {
+    "MusicgenForCausalLM": {"guidance_scale": 1.0, "decoder_start_token_id": BOS_TOKEN},
+    "MusicgenMelodyForCausalLM": {"guidance_scale": 1.0, "decoder_start_token_id": BOS_TOKEN},
+}
+"""What a model's generation configuration must say, by model class."""
+
+NO_TEXT_LOSS = {
+    "GitForCausalLM",  # its loss leaves out as many tokens as an image has patches, image or not
+}
+"""Models whose loss cannot be computed of text alone, by model class."""
+
 UNBUILDABLE: dict[str, str] = {
+    "Gemma4AssistantForCausalLM": "makes drafts for another model, whose keys and values its forward takes as arguments",
+    "Gemma4UnifiedAssistantForCausalLM": "makes drafts for another model, whose keys and values its forward takes as arguments",
     "Gemma3nForConditionalGeneration": "needs the libraries timm and Pillow for its vision tower; its language model is tested",
     "LayoutLMv2ForSequenceClassification": "needs the library detectron2 for its vision tower",
 }
@@ -230,6 +258,8 @@ def tiny_model(case: Case, seed: int = 0) -> Any:
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.nan_to_num_(0.0, 0.0, 0.0).add_(0.02 * torch.randn_like(parameter))
+    for name, value in GENERATION.get(case.class_name, {}).items():
+        setattr(model.generation_config, name, value)
     return model.eval()
 
 

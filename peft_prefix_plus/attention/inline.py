@@ -57,6 +57,13 @@ OTHER_SOFTMAXES = {
 }
 """How many softmaxes a module takes beside that of attention."""
 
+ALIBI = {"BloomAttention", "FalconAttention", "MptAttention"}
+"""
+Modules whose ALiBi bias counts a key's position from the start or the end of the text. The paper (arXiv 2108.12409) counts
+from the query, a difference that the softmax does not see: it is the same for a query's every key. A prefix sees it. It is
+put at no distance from any query, which is to say, at that of the query itself, the nearest of the keys that it may see.
+"""
+
 # Operations by their names without underscores: `Tensor.__itruediv__` is "itruediv".
 PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm"}
 SCALINGS = {"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"}
@@ -149,8 +156,8 @@ class InlineAttention(TorchFunctionMode):
     def obstacle(self) -> str:
         """Why the module's attention, if it is attention, is not complete."""
         if self.lost_at:
-            return f"what happens to its scores in {', '.join(dict.fromkeys(self.lost_at))} is not followed"
-        return f"{len(self.attended)} of its {self.num_softmaxes} softmaxes are of the attention formula"
+            return f"its products go through {', '.join(dict.fromkeys(self.lost_at))}"
+        return f"of its softmaxes, {self.num_softmaxes} in all, {len(self.attended)} are of the attention formula"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -251,6 +258,9 @@ class InlineAttention(TorchFunctionMode):
         """s · Q P_Kᵀ, (…, tokens, prefix_tokens), in the shape and dtype of the real tokens' scores."""
         query = self._heads_apart(state.query)
         prefix_scores = query @ prefix.key.to(query.dtype).transpose(-1, -2) * state.scale
+        if type(self.module).__name__ in ALIBI:
+            bias = scores.reshape(*query.shape[:-1], -1) - query @ self._heads_apart(state.key) * state.scale
+            prefix_scores = prefix_scores + _largest_bias(bias)
         if prefix.mask is not None:
             prefix_scores = prefix_scores + finite_additive(prefix.mask, prefix_scores.dtype)[:, None, None, :]
         return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], -1)
@@ -292,6 +302,8 @@ class InlineAttention(TorchFunctionMode):
             output = attend(self.module, query, key, value, attn_mask, is_causal=is_causal)[0]
         else:
             causal_mask = {"is_causal": True} if is_causal else {}
+            if attn_mask is not None and attn_mask.is_floating_point() and type(self.module).__name__ in ALIBI:
+                attn_mask = attn_mask - _largest_bias(attn_mask)  # so that the prefix's bias of zero is the largest
             output = concatenated_attention(
                 lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix,
                 **causal_mask,
@@ -364,6 +376,12 @@ def require_complete(mode: InlineAttention) -> None:
             f"{type(mode.module).__name__} computed attention in another way than when the adapter was added, and its "
             f"prefix did not get in: {mode.obstacle()}. Call it with the arguments and in the mode that it had then."
         )
+
+
+def _largest_bias(bias: torch.Tensor) -> torch.Tensor:
+    """The largest bias of each query's keys (…, tokens, 1), and zero where a query sees none."""
+    largest = bias.detach().amax(dim=-1, keepdim=True)
+    return largest.masked_fill(largest < torch.finfo(bias.dtype).min / 2, 0.0)
 
 
 def _operands(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
