@@ -66,8 +66,9 @@ def flatten(model: nn.Module, adapter_name: str = "default") -> None:
     for name, layer in layers_with_adapter(model, adapter_name):
         key, value = prefixes[name]
         requires_grad = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
-        layer.prefix_plus_encoder[adapter_name] = DirectEncoder.holding(key, value).requires_grad_(requires_grad)
-        layer.scaling[adapter_name] = 1.0
+        layer.replace_encoder(
+            adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad), scaling=1.0
+        )
     configs: Any = model.peft_config
     configs[adapter_name] = replace(
         configs[adapter_name], reparameterization="none", encoder_hidden_size=None, prefix_scaling=1.0

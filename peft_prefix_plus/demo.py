@@ -44,8 +44,8 @@ class DemoSettings:
     """Where the demo writes and how long it trains."""
 
     output: Path = field(default=Path("demo-output"), metadata={"help": "Where the models and the data go."})
-    pretraining_steps: int = field(default=2000, metadata={"help": "Steps in which the base model is made."})
-    prefix_steps: int = field(default=500, metadata={"help": "Steps in which the prefix is trained."})
+    pretraining_steps: int = field(default=3000, metadata={"help": "Steps in which the base model is made."})
+    prefix_steps: int = field(default=600, metadata={"help": "Steps in which the prefix is trained."})
     training_tables: int = field(default=1000, metadata={"help": "Tables to train the prefix on."})
     held_out_tables: int = field(default=100, metadata={"help": "Tables to test it on."})
     seed: int = field(default=0, metadata={"help": "For the text, the models and the training."})
@@ -80,6 +80,7 @@ def run_demo(settings: DemoSettings) -> tuple[Score, Score]:
     started = time.monotonic()
     console = Console(soft_wrap=True)
     transformers_logging.disable_progress_bar()  # loading this model is not worth a bar
+    torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
     generator = random.Random(settings.seed)
     base, adapter = settings.output / "base", settings.output / "adapter"
     settings.output.mkdir(parents=True, exist_ok=True)
@@ -177,8 +178,8 @@ def pretrain(
 ) -> None:
     """Train all of the model's parameters to predict the documents, one batch per step."""
     collate = Collator(padding_id(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(batches), pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(batches), pct_start=0.3)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     model.train()
     with Progress(*columns, console=console) as progress:
@@ -219,7 +220,7 @@ def training_settings(settings: DemoSettings, base: Path, adapter: Path) -> Trai
         overwrite=True,
         max_steps=settings.prefix_steps,
         batch_size=16,
-        learning_rate=0.1,
+        learning_rate=0.05,
         warmup_steps=settings.prefix_steps // 20,
         schedule="cosine",
         logging_steps=max(1, settings.prefix_steps // 5),

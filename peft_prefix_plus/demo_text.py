@@ -11,119 +11,51 @@ from dataclasses import dataclass
 Record = dict[str, str]
 """Field names and values, in the order in which they are written."""
 
-FIRST_WORDS = [
-    "Blue",
-    "Green",
-    "Golden",
-    "Silver",
-    "Red",
-    "White",
-    "Black",
-    "Crystal",
-    "Royal",
-    "Happy",
-    "Wild",
-    "Quiet",
-    "Sunny",
-    "Little",
-    "Grand",
-    "Rusty",
-    "Merry",
-    "Velvet",
-    "Copper",
-    "Amber",
-    "Lucky",
-    "Hidden",
-    "Iron",
-    "Stone",
-]
-SECOND_WORDS = [
-    "Spice",
-    "Lantern",
-    "Garden",
-    "Dragon",
-    "Anchor",
-    "Bridge",
-    "Table",
-    "Oven",
-    "Fox",
-    "Olive",
-    "Pepper",
-    "Swan",
-    "Castle",
-    "Mill",
-    "Barrel",
-    "Rose",
-    "Eagle",
-    "Fork",
-    "Kettle",
-    "Orchard",
-    "Tower",
-    "Lion",
-    "Plough",
-    "Star",
-]
-GIVEN_NAMES = [
-    "Ada",
-    "Boris",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Louis",
-    "Maria",
-    "Nils",
-    "Olga",
-    "Peter",
-    "Rosa",
-    "Simon",
-    "Thea",
-    "Victor",
-]
-FAMILY_NAMES = [
-    "Adler",
-    "Berg",
-    "Costa",
-    "Dahl",
-    "Evans",
-    "Fischer",
-    "Grant",
-    "Holm",
-    "Ivanov",
-    "Jensen",
-    "Keller",
-    "Lopez",
-    "Moreau",
-    "Novak",
-    "Olsen",
-    "Petrov",
-    "Rossi",
-    "Silva",
-    "Turner",
-    "Weber",
-]
-
-
-def title(generator: random.Random) -> str:
-    return f"{generator.choice(FIRST_WORDS)} {generator.choice(SECOND_WORDS)}"
-
-
-def person(generator: random.Random) -> str:
-    return f"{generator.choice(GIVEN_NAMES)} {generator.choice(FAMILY_NAMES)}"
-
 
 def one_of(words: str) -> Callable[[random.Random], str]:
+    """Return a function that draws one of the words in a text."""
     values = words.split()
     return lambda generator: generator.choice(values)
 
 
+first_word = one_of(
+    "Blue Green Golden Silver Red White Black Crystal Royal Happy Wild Quiet Sunny Little Grand Rusty "
+    "Merry Velvet Copper Amber Lucky Hidden Iron Stone"
+)
+second_word = one_of(
+    "Spice Lantern Garden Dragon Anchor Bridge Table Oven Fox Olive Pepper Swan Castle Mill Barrel Rose "
+    "Eagle Fork Kettle Orchard Tower Lion Plough Star"
+)
+given_name = one_of(
+    "Ada Boris Clara David Emma Felix Greta Hugo Irene Jonas Karin Louis Maria Nils Olga Peter Rosa Simon Thea Victor"
+)
+family_name = one_of(
+    "Adler Berg Costa Dahl Evans Fischer Grant Holm Ivanov Jensen Keller Lopez Moreau Novak Olsen Petrov "
+    "Rossi Silva Turner Weber"
+)
+
+
+def title(generator: random.Random) -> str:
+    """Draw the name of a restaurant or a book."""
+    return f"{first_word(generator)} {second_word(generator)}"
+
+
+def person(generator: random.Random) -> str:
+    """Draw the name of a person."""
+    return f"{given_name(generator)} {family_name(generator)}"
+
+
 @dataclass(frozen=True)
 class Domain:
+    """
+    What records are about, and how prose speaks of it.
+
+    Attributes:
+        fields: The fields, and what draws a value of each. Every kind of value has words of its own.
+        subjects: What a sentence can begin with.
+        phrases: What a clause can say of a field.
+    """
+
     fields: dict[str, Callable[[random.Random], str]]
     subjects: tuple[str, ...]
     phrases: dict[str, tuple[str, ...]]
@@ -198,6 +130,7 @@ def draw_record(domain: Domain, generator: random.Random) -> Record:
 
 
 def table(record: Record) -> str:
+    """Write a record as the table that the prefix-tuning task gives."""
     return " | ".join(f"{key} : {value}" for key, value in record.items())
 
 
@@ -207,14 +140,17 @@ def _shuffled(record: Record, generator: random.Random) -> list[tuple[str, str]]
 
 
 def assignments(domain: Domain, record: Record, generator: random.Random) -> str:
+    """Write a record as assignments, in any order."""
     return " ; ".join(f"{key} = {value}" for key, value in _shuffled(record, generator))
 
 
 def statements(domain: Domain, record: Record, generator: random.Random) -> str:
+    """Write one sentence per field, in any order."""
     return " ".join(f"The {key} is {value} ." for key, value in _shuffled(record, generator))
 
 
 def questions(domain: Domain, record: Record, generator: random.Random) -> str:
+    """Ask for two of the fields, and answer."""
     return " ".join(f"Which {key} ? {value} ." for key, value in _shuffled(record, generator)[:2])
 
 
@@ -238,9 +174,9 @@ FORMS = (lambda domain, record, generator: table(record), assignments, statement
 
 def document(generator: random.Random) -> str:
     """One document of the base model's text: a record written in several ways, one after the other."""
-    domain = generator.choice(DOMAINS)
+    (domain,) = generator.choices(DOMAINS, weights=[2, 1, 1])
     record = draw_record(domain, generator)
-    forms = [generator.choice(FORMS) for _ in range(generator.randint(2, 4))]
+    forms = [generator.choice(FORMS) for _ in range(generator.randint(2, 5))]
     return " => ".join(form(domain, record, generator) for form in forms)
 
 

@@ -68,9 +68,9 @@ class DirectEncoder(nn.Module):
         self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
-    def sources(self) -> tuple[torch.Tensor, ...]:
-        """The parameters that the prefix depends on."""
-        return self.key, self.value
+    def parts(self) -> list[nn.Module]:
+        """The modules whose own parameters the prefix depends on."""
+        return [self]
 
     @classmethod
     def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
@@ -155,13 +155,9 @@ class ProjectedEncoder(nn.Module):
                 self.add_module(name, build())
                 shared_parts[key] = self.get_submodule(name)
 
-    def sources(self) -> tuple[torch.Tensor, ...]:
-        """The parameters that the prefix depends on, shared ones included."""
-        parts = [
-            self._modules.get(name) or self._borrowed.get(name) for name in ("virtual_tokens", "hidden", "output")
-        ]
-        found = (tensor for part in parts if part is not None for tensor in part._parameters.values())
-        return tuple(tensor for tensor in found if tensor is not None)
+    def parts(self) -> list[nn.Module]:
+        """The modules whose own parameters the prefix depends on, shared ones included."""
+        return [*self.children(), *self._borrowed.values()]
 
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""

@@ -23,7 +23,7 @@ from .attention import (
 )
 from .encoders import DirectEncoder, KVShape, ProjectedEncoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
-from .memo import Memo
+from .memo import Memo, Source
 from .registration import METHOD_NAME
 
 
@@ -122,6 +122,12 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def replace_encoder(self, adapter_name: str, encoder: DirectEncoder, scaling: float) -> None:
+        """Let another encoder, and another factor on what it puts out, produce an adapter's prefix here."""
+        self._produced.clear()
+        self.prefix_plus_encoder[adapter_name] = encoder
+        self.scaling[adapter_name] = scaling
+
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters that this layer holds for an adapter (a shared one is held by one layer only)."""
         if adapter_name in self.prefix_plus_encoder:
@@ -146,36 +152,39 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         Returns:
             `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that have a gate.
         """
-        present = self._present_adapters()
-        if not present:
+        if self._disable_adapters:
             return None, ()
         adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._produced.clear()
-            return self._produce(present, key, value)
-        sources = [tensor for name in present for tensor in self._sources(name)]
-        context = (tuple(adapter_names), key.shape[0], key.dtype, key.device, value.dtype, value.device)
-        return self._produced.get(sources, context, lambda: self._produce(present, key, value))
-
-    def _present_adapters(self) -> list[str]:
-        """The adapters whose prefixes take part in the next forward."""
-        if self.disable_adapters:
-            return []
-        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
-        return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
+            return self._produce(adapter_names, key, value)
+        rows = None if self.row_adapters is None else key.shape[0]
+        return self._produced.get(
+            (tuple(adapter_names), rows, key.dtype, key.device, value.dtype, value.device),
+            lambda: self._sources(adapter_names),
+            lambda: self._produce(adapter_names, key, value),
+        )
 
     def has_prefix(self) -> bool:
         """Whether a prefix takes part in the next forward."""
-        return bool(self._present_adapters())
+        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
+        return not self._disable_adapters and bool(self._present(adapter_names))
 
-    def _sources(self, adapter_name: str) -> list[torch.Tensor]:
-        """The parameters that an adapter's prefix here depends on, shared ones included."""
-        encoder: Any = self.prefix_plus_encoder[adapter_name]
-        gate = self.prefix_plus_gate.get(adapter_name)
-        return [*encoder.sources(), *([] if gate is None else [gate])]
+    def _present(self, adapter_names: list[str]) -> list[str]:
+        """Those of the adapters that this layer has, each once."""
+        return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
+
+    def _sources(self, adapter_names: list[str]) -> Iterator[Source]:
+        """The parameters that the adapters' prefixes here depend on, shared ones included."""
+        for adapter_name in self._present(adapter_names):
+            encoder: Any = self.prefix_plus_encoder[adapter_name]
+            for part in encoder.parts():
+                yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
+            if adapter_name in self.prefix_plus_gate:
+                yield self.prefix_plus_gate._parameters, adapter_name
 
     def _produce(self, adapter_names: list[str], key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
-        prefixes = [self._prefix(name, key.shape[0]).to(key, value) for name in adapter_names]
+        prefixes = [self._prefix(name, key.shape[0]).to(key, value) for name in self._present(adapter_names)]
         joined = [prefix for prefix in prefixes if prefix.gate is None]
         return concatenated(joined) if joined else None, tuple(
             prefix for prefix in prefixes if prefix.gate is not None
@@ -197,7 +206,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             # generation repeats each row of the input for its beams and returned sequences
             rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
             mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
-        return Prefix(key.unsqueeze(0), value.unsqueeze(0), mask, self.prefix_plus_gate.get(adapter_name))
+        return Prefix(key, value, mask, self.prefix_plus_gate.get(adapter_name))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""
@@ -210,6 +219,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of this layer, whether or not it is active."""
+        self._produced.clear()
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 
 
 T = TypeVar("T")
+
+Source = tuple[Mapping[str, Any], str]
+"""A parameter, as the dictionary that holds it and its name there."""
 
 
 class Memo(Generic[T]):
@@ -23,31 +26,38 @@ class Memo(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._fingerprint: Hashable = None
-        self._sources: Sequence[torch.Tensor] = ()
+        self._context: Hashable = None
+        self._seen: list[tuple[Source, torch.Tensor, int, int]] | None = None
         self._value: T | None = None
 
     def clear(self) -> None:
         """Forget the value."""
-        self.__init__()  # type: ignore[misc]
+        self._context = self._seen = self._value = None
 
-    def get(self, sources: Sequence[torch.Tensor], context: Hashable, produce: Callable[[], T]) -> T:
+    def get(self, context: Hashable, sources: Callable[[], Iterable[Source]], produce: Callable[[], T]) -> T:
         """
-        Return what `produce` returned when the sources and the context were last as they are now.
+        Return what `produce` returned when the context and the sources were last as they are now.
 
         Args:
-            sources: The parameters that the value depends on.
-            context: Whatever else it depends on.
+            context: What else the value depends on, the list of its sources included.
+            sources: Lists the parameters that the value depends on, as the dictionaries that hold them and their names there.
             produce: Makes the value.
         """
-        if any(source.is_inference() for source in sources):
-            return produce()  # tensors made in inference mode have no version
-        fingerprint = (context, *((id(source), source._version, source.data_ptr()) for source in sources))
-        if self._value is None or fingerprint != self._fingerprint:
-            self._value = produce()
-            self._fingerprint = fingerprint
-            self._sources = sources  # kept alive, so that no other tensor can get the same id
-        return self._value
+        if self._seen is not None and context == self._context:
+            for (holder, name), tensor, version, address in self._seen:
+                # this runs for every token and layer, hence plain comparisons and no hash
+                if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                    break
+            else:
+                return self._value  # type: ignore[return-value]
+        value = produce()
+        tensors = [((holder, name), holder[name]) for holder, name in sources()]
+        if any(tensor.is_inference() for _, tensor in tensors):
+            self.clear()  # tensors made in inference mode have no version
+        else:
+            self._seen = [(source, tensor, tensor._version, tensor.data_ptr()) for source, tensor in tensors]
+            self._context, self._value = context, value
+        return value
 
     def __reduce__(self) -> tuple[type[Memo[T]], tuple[()]]:
         return type(self), ()

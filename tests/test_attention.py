@@ -28,7 +28,7 @@ def formula(query, key, value, prefixes, scale, visible, bias=None):
         value = torch.cat([prefix.value.double().expand(batch, -1, -1, -1), value], dim=2)
     columns = []
     for prefix in prefixes:
-        length = prefix.key.shape[2]
+        length = prefix.key.shape[1]
         sees = torch.ones(batch, length, dtype=torch.bool) if prefix.mask is None else prefix.mask
         columns.append(sees[:, None, :].expand(-1, tokens, -1))
     visible = torch.cat([*columns, visible], dim=-1)
@@ -50,7 +50,7 @@ class Attention(torch.nn.Module):
         joined = None
         if prefixes:
             mask = prefixes[0].mask
-            joined = Prefix(torch.cat([p.key for p in prefixes], 2), torch.cat([p.value for p in prefixes], 2), mask)
+            joined = Prefix(torch.cat([p.key for p in prefixes], 1), torch.cat([p.value for p in prefixes], 1), mask)
         prefix_layer = types.SimpleNamespace(eager_attention=eager_attention_forward)
         self.prefix_plus = _Layer(lambda key, value: (joined and joined.to(key, value), ()), prefix_layer)
 
@@ -66,7 +66,7 @@ class _Layer:
         return self.forward(key, value)
 
 
-def tensors(tokens=7, kv_tokens=None, key_dim=DIM, value_dim=DIM, dtype=torch.float32, prefixes=1, rows=1, seed=0):
+def tensors(tokens=7, kv_tokens=None, key_dim=DIM, value_dim=DIM, dtype=torch.float32, prefixes=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -77,8 +77,7 @@ def tensors(tokens=7, kv_tokens=None, key_dim=DIM, value_dim=DIM, dtype=torch.fl
     key = normal(BATCH, KV_HEADS, kv_tokens, key_dim)
     value = normal(BATCH, KV_HEADS, kv_tokens, value_dim)
     made = [
-        Prefix(normal(rows, KV_HEADS, LENGTH + i, key_dim), normal(rows, KV_HEADS, LENGTH + i, value_dim))
-        for i in range(prefixes)
+        Prefix(normal(KV_HEADS, LENGTH + i, key_dim), normal(KV_HEADS, LENGTH + i, value_dim)) for i in range(prefixes)
     ]
     return query, key, value, made
 
@@ -97,7 +96,7 @@ def way(request, monkeypatch):
     """Each way of computing sdpa attention, and proof that it is the one that ran."""
     called = []
     if request.param == "concatenated":
-        monkeypatch.setitem(dispatch.FUSED_EXCLUSIONS, "the test", lambda call: True)
+        monkeypatch.setattr(dispatch, "why_concatenate", lambda *args: "the test")
     for name in ("fused_attention", "concatenated_attention"):
         original = getattr(dispatch, name)
 
@@ -167,8 +166,8 @@ def test_values_may_be_narrower_than_keys(way, key_dim, value_dim):
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_rows_may_have_prefixes_of_their_own(way):
-    query, key, value, (prefix,) = tensors(rows=BATCH)
+def test_rows_may_see_parts_of_the_prefix(way):
+    query, key, value, (prefix,) = tensors()
     mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     mask[1, 2:] = False
     made = [Prefix(prefix.key, prefix.value, mask)]
@@ -179,19 +178,20 @@ def test_rows_may_have_prefixes_of_their_own(way):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rows", [1, BATCH])
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("value_dim", [DIM, DIM - 2])
-def test_gradients_are_the_formulas(way, masked, rows, value_dim):
-    query, key, value, (prefix,) = tensors(dtype=torch.float64, rows=rows, value_dim=value_dim)
+def test_gradients_are_the_formulas(way, masked, by_row, value_dim):
+    query, key, value, (prefix,) = tensors(dtype=torch.float64, value_dim=value_dim)
     leaves = [tensor.contiguous().requires_grad_() for tensor in (query, key, value, prefix.key, prefix.value)]
     visible = padded(7, 7) if masked else causal(7, 7)
     mask = visible[:, None] if masked else None
+    prefix_mask = torch.tensor([[True] * LENGTH, [True, False] * 2 + [False]]) if by_row else None
 
     def attend(query, key, value, prefix_key, prefix_value):
-        made = [Prefix(prefix_key, prefix_value)]
+        made = [Prefix(prefix_key, prefix_value, prefix_mask)]
         return Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3)[0]
 
-    expected = formula(*leaves[:3], [Prefix(*leaves[3:])], 0.3, visible)
+    expected = formula(*leaves[:3], [Prefix(*leaves[3:], prefix_mask)], 0.3, visible)
     weights = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
     gradients = torch.autograd.grad((attend(*leaves) * weights).sum(), leaves)
@@ -248,7 +248,7 @@ def test_eager_with_a_prefix_is_the_formula_and_returns_its_weights(case, prefix
     output, weights = Attention("eager", made).attend(query, key, value, make_mask(), scaling=0.3)
     expected = formula(query, key, value, made, 0.3, make_visible())
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
-    length = sum(prefix.key.shape[2] for prefix in made)
+    length = sum(prefix.key.shape[1] for prefix in made)
     assert weights.shape == (BATCH, HEADS, 7, length + 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, HEADS, 7))
 
@@ -265,7 +265,7 @@ def test_a_relative_position_bias_is_zero_for_the_prefix(implementation):
         module = Attention(implementation, made)
         module.prefix_plus.eager_attention = attend
         key, value = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
-        made = [Prefix(*(tensor.repeat_interleave(2, dim=1) for tensor in (made[0].key, made[0].value)))]
+        made = [Prefix(*(tensor.repeat_interleave(2, dim=0) for tensor in (made[0].key, made[0].value)))]
         module = Attention(implementation, made)
         module.prefix_plus.eager_attention = attend
         module.num_key_value_groups = 1
@@ -302,10 +302,11 @@ def test_an_implementation_whose_mask_is_not_known_is_an_error(name):
 )
 def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
     query, key, _, _ = tensors()
-    call = dispatch.Call("sdpa", query, key, None, kwargs)
-    assert [name for name, excludes in dispatch.FUSED_EXCLUSIONS.items() if excludes(call)] == [reason]
-    plain = dispatch.Call("sdpa", query, key, None, {"dropout": 0.0, "softcap": None})
-    assert not any(excludes(plain) for excludes in dispatch.FUSED_EXCLUSIONS.values())
+    assert dispatch.why_concatenate("sdpa", query, key, None, kwargs) == reason
+    assert dispatch.why_concatenate("eager", query, key, None, {}) == "another implementation than sdpa"
+    assert (
+        dispatch.why_concatenate("sdpa", query, key, None, {"dropout": 0.0, "softcap": None, "scaling": 2.0}) is None
+    )
 
 
 def test_autocast_is_followed_as_sdpa_follows_it(way):

@@ -194,4 +194,4 @@ def test_prefix_key_values_are_what_enters_attention(reparameterization):
     for name, (key, value) in prefix_key_values(model).items():
         layer = model.get_base_model().get_submodule(name).prefix_plus
         prefix, gated = layer(torch.zeros(1), torch.zeros(1))
-        assert torch.equal(prefix.key[0], key) and torch.equal(prefix.value[0], value) and gated == ()
+        assert torch.equal(prefix.key, key) and torch.equal(prefix.value, value) and gated == ()

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from models import adapter_parameters, assert_unchanged, prefix_config, state_of
 from peft import PeftModel, get_peft_model
 from transformers import (
     BigBirdConfig,
@@ -22,7 +23,6 @@ from transformers import (
     MptForCausalLM,
 )
 
-from models import adapter_parameters, assert_unchanged, prefix_config, state_of
 from peft_prefix_plus import prefix_key_values
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import adapter_parameters, assert_unchanged, prefix_layers, state_of
 from peft import PeftModel, get_peft_model
-from tiny_models import NO_TEXT_LOSS, UNBUILDABLE, Case, cases, inputs_of, tiny_model, token_ids
+from tiny_models import NO_TEXT_LOSS, UNBUILDABLE, UNREAD_MODULES, Case, cases, inputs_of, tiny_model, token_ids
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.geometry import attention_modules
@@ -76,7 +76,12 @@ def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_pat
 
 def config_for(case: Case) -> PrefixPlusConfig:
     # keys and values of both signs and unit size: they visibly change what the model computes
-    return PrefixPlusConfig(task_type=case.task_type, num_virtual_tokens=3, init_weights=False)
+    return PrefixPlusConfig(
+        task_type=case.task_type,
+        num_virtual_tokens=3,
+        init_weights=False,
+        exclude_modules=UNREAD_MODULES.get(case.class_name),
+    )
 
 
 def report(case: Case, outcome: str, detail: Any) -> None:
@@ -170,6 +175,8 @@ def generated(model: Any) -> Any:
 
 def error_of_cache(model: Any, output: Any) -> float:
     """How far the last logits of a generation with a cache are from those of one forward over all that it generated."""
+    if output.sequences.dim() != 2:
+        return float("inf")  # audio codes, put into another order
     text = output.sequences[:, :-1]
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": PROMPT, "decoder_input_ids": text}

@@ -113,10 +113,7 @@ def _sub_config(config_class: type[PreTrainedConfig], name: str) -> type[PreTrai
 
 def _layer_kinds(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """One layer of each kind that the default config has."""
-    try:
-        default = config_class()
-    except Exception:
-        return {}
+    default = config_class()
     kinds: dict[str, list[str]] = {}
     for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
         types = getattr(default, name, None)
@@ -198,16 +195,25 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 """What the rules get wrong, by config class."""
 
+_AUDIO_CODES = {"guidance_scale": 1.0, "decoder_start_token_id": BOS_TOKEN, "num_return_sequences": 1}
+
 GENERATION: dict[str, dict[str, Any]] = {
-    "MusicgenForCausalLM": {"guidance_scale": 1.0, "decoder_start_token_id": BOS_TOKEN},
-    "MusicgenMelodyForCausalLM": {"guidance_scale": 1.0, "decoder_start_token_id": BOS_TOKEN},
+    "MusicgenForCausalLM": _AUDIO_CODES,
+    "MusicgenMelodyForCausalLM": _AUDIO_CODES,
 }
 """What a model's generation configuration must say, by model class."""
 
+UNREAD_MODULES = {
+    "CanineForSequenceClassification": ".*final_char_encoder.*",  # its classifier reads what comes before
+}
+"""Attention modules whose output a head does not read, as a pattern, by model class."""
+
 NO_TEXT_LOSS = {
+    "MusicgenForCausalLM",  # its labels have a dimension of their own for the codebooks
+    "MusicgenMelodyForCausalLM",  # the same
     "GitForCausalLM",  # its loss leaves out as many tokens as an image has patches, image or not
 }
-"""Models whose loss cannot be computed of text alone, by model class."""
+"""Models whose loss does not take a text as its labels, by model class: they train on the cross-entropy of their logits."""
 
 UNBUILDABLE: dict[str, str] = {
     "Gemma4AssistantForCausalLM": "makes drafts for another model, whose keys and values its forward takes as arguments",

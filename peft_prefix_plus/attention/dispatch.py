@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,32 +76,37 @@ def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction
     raise ValueError(f"{module_class.__name__}.forward names no eager attention function of its own module.")
 
 
-class Call(NamedTuple):
-    """One call of an attention function."""
-
-    implementation: str
-    query: torch.Tensor
-    key: torch.Tensor
-    mask: torch.Tensor | None
-    kwargs: dict[str, Any]
-
-
-FUSED_EXCLUSIONS: dict[str, Callable[[Call], bool]] = {
-    "another implementation than sdpa": lambda call: call.implementation != "sdpa",
-    "attention weights are asked for": lambda call: bool(call.kwargs.get("output_attentions")),
-    "attention dropout": lambda call: call.kwargs.get("dropout", 0.0) > 0.0,
-    "a relative position bias": lambda call: call.kwargs.get("position_bias") is not None,
-    "soft-capped scores": lambda call: call.kwargs.get("softcap") is not None,
-    "attention sinks": lambda call: call.kwargs.get("s_aux") is not None,
-    "a learned mask": lambda call: call.mask is not None and call.mask.requires_grad,
-    "a mask that is not (batch, heads, tokens, kv_tokens)": lambda call: (
-        call.mask is not None
-        and (call.mask.dim() != 4 or call.mask.shape[2:] != (call.query.shape[2], call.key.shape[2]))
-    ),
-    "queries broadcast over the keys' batch": lambda call: call.query.shape[0] != call.key.shape[0],
-    "tracing with torch.jit": lambda call: torch.jit.is_tracing(),
+EXCLUDING_ARGUMENTS = {
+    "output_attentions": "attention weights are asked for",
+    "dropout": "attention dropout",
+    "position_bias": "a relative position bias",
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
 }
-"""When the fused way does not compute the same, by the reason: the concatenating one is taken then."""
+"""Arguments of a call which, unless they are None, False or 0, change what the fused way does not compute."""
+
+
+def why_concatenate(
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
+    if implementation != "sdpa":
+        return "another implementation than sdpa"
+    for name, reason in EXCLUDING_ARGUMENTS.items():
+        value = kwargs.get(name)
+        if value is not None and value is not False and not (isinstance(value, (int, float)) and value == 0):
+            return reason
+    if mask is not None and mask.requires_grad:
+        return "a learned mask"
+    if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (query.shape[2], key.shape[2])):
+        return "a mask that is not (batch, heads, tokens, kv_tokens)"
+    if query.shape[0] != key.shape[0]:
+        return "queries broadcast over the keys' batch"
+    return "tracing with torch.jit" if torch.jit.is_tracing() else None
 
 
 def prefix_attention(
@@ -117,7 +121,7 @@ def prefix_attention(
     The attention function registered with transformers: attention with the prefixes of the module's active adapters.
 
     Without an active prefix it hands on to the implementation that the model's own config names, and that is all it
-    does. With one, the fused way is taken wherever it computes the same (see `FUSED_EXCLUSIONS`), and the concatenating
+    does. With one, the fused way is taken wherever it computes the same (see [`why_concatenate`]), and the concatenating
     way, through that implementation, otherwise.
 
     Args:
@@ -132,9 +136,9 @@ def prefix_attention(
         The output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch, query_heads, tokens,
         prefix_tokens + kv_tokens), where the implementation returns them.
     """
-    implementation = model_config(module)._attn_implementation
-    eager = module.prefix_plus.eager_attention
-    prefix, gated_prefixes = module.prefix_plus(key, value)
+    layer = module.prefix_plus
+    implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
+    prefix, gated_prefixes = layer(key, value)
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
@@ -172,7 +176,7 @@ def _attend_with_prefix(
                 value[:, :, : mask.shape[-1]],
             )  # the unused rest of a static cache
         flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
-        if flash_mask.allows_concatenation(prefix.key.shape[2]):
+        if flash_mask.allows_concatenation(prefix.key.shape[1]):
             attend = partial(attend_as_base, implementation=implementation, eager=eager)
             return concatenated_flash_attention(attend, module, query, key, value, mask, prefix, **kwargs)
         mask = flash_mask.dense()
@@ -184,8 +188,7 @@ def _attend_with_prefix(
         implementation = family = "eager" if is_special else "sdpa"
         if is_special and mask is not None:
             mask = finite_additive(mask, query.dtype)
-    call = Call(implementation, query, key, mask, kwargs)
-    if not any(excludes(call) for excludes in FUSED_EXCLUSIONS.values()):
+    if why_concatenate(implementation, query, key, mask, kwargs) is None:
         output = _fused_sdpa(module, query, key, value, mask, prefix, kwargs)
         if output is not None:
             return output, None
@@ -212,17 +215,14 @@ def _fused_sdpa(
     if is_causal and key.shape[2] > query.shape[2]:
         # the first pass over an empty static cache: its unused rest comes after the last query
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    kernel = find_kernel(query, key, value, mask, is_causal)
+    # one kernel serves both parts, and so must take the masks of both
+    kernel = find_kernel(query, key, value, prefix.mask if mask is None else mask, is_causal)
     if kernel is None:
         return None
+    if mask is not None:
+        mask = finite_additive(mask, query.dtype)
+    if prefix.key.dtype != key.dtype or prefix.value.dtype != value.dtype:
+        prefix = prefix.to(key, value)
     scale = kwargs.get("scaling")
-    return fused_attention(
-        kernel,
-        query,
-        key,
-        value,
-        None if mask is None else finite_additive(mask, query.dtype),
-        is_causal,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        prefix.to(key, value),
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return fused_attention(kernel, query, key, value, mask, is_causal, scale, prefix)

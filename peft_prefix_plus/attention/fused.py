@@ -11,13 +11,15 @@ the gradient of the scores is p · (dp - rowsum(dout · out)), and this is what 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .kernels import AttentionKernel, KernelState
+from .kernels import AttentionKernel
 from .prefix import Prefix
+from .reference import finite_additive
 
 
 class _Call(NamedTuple):
@@ -27,6 +29,7 @@ class _Call(NamedTuple):
     mask: torch.Tensor | None
     is_causal: bool
     scale: float
+    prefix_mask: torch.Tensor | None
 
 
 def fused_attention(
@@ -55,37 +58,34 @@ def fused_attention(
     Returns:
         Shape (batch, tokens, query_heads, value_dim), contiguous.
     """
-    value_dim, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
-    prefix_value = prefix.value
-    if missing:
-        # the kernels want values as wide as keys (latent attention has narrower ones)
-        value, prefix_value = F.pad(value, (0, missing)), F.pad(prefix_value, (0, missing))
-    call = _Call(kernel, mask, is_causal, scale)
-    inputs = (query, key, value, prefix.key, prefix_value)
+    call = _Call(kernel, mask, is_causal, scale, prefix.mask)
+    inputs = (query, key, value, prefix.key, prefix.value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        output = _FusedAttention.apply(*inputs, prefix.mask, call)
+        output = _FusedAttention.apply(*inputs, call)
     else:
-        output, *_ = _forward(*inputs, prefix.mask, call)
-    return output[..., :value_dim].transpose(1, 2).contiguous()
+        output = _infer(*inputs, call)
+    return output.transpose(1, 2).contiguous()
 
 
-def _forward(
+def _infer(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
-    prefix_mask: torch.Tensor | None,
     call: _Call,
-) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-    """Return the merged output, the logits of the merge, (batch, query_heads, tokens, prefix_tokens + 1), and the kernel's state."""
-    with torch.autocast(query.device.type, enabled=False):
-        output, lse, state = call.kernel.forward(query, key, value, call.mask, call.is_causal, call.scale)
-        # the attention over X takes part in the softmax over P as one more position, whose score is its log-sum-exp
-        logits = torch.cat([_prefix_scores(query, prefix_key, prefix_mask, call.scale), lse.unsqueeze(-1)], dim=-1)
-        weights = logits.softmax(dim=-1)
-        output = output * weights[..., -1:].to(output.dtype) + _attend(weights[..., :-1], prefix_value)
-    return output, logits, state
+) -> torch.Tensor:
+    """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
+    rows = query.shape[0], -1, -1, -1
+    prefix_key, prefix_value = prefix_key.expand(rows), prefix_value.expand(rows)  # one for all rows, without a copy
+    mask = call.prefix_mask
+    if mask is not None:
+        mask = finite_additive(mask[:, None, None, :].expand(-1, -1, query.shape[2], -1), query.dtype)
+    forward = call.kernel.forward  # the kernels are no operations that autocast knows of
+    output, lse, _ = forward(query, key, _widened(value, key), call.mask, call.is_causal, call.scale)
+    attended, prefix_lse, _ = forward(query, prefix_key, _widened(prefix_value, prefix_key), mask, False, call.scale)
+    weight = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)
+    return _narrowed(torch.lerp(output, attended, _cast(weight, output.dtype)), value)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -97,78 +97,119 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         prefix_key: torch.Tensor,
         prefix_value: torch.Tensor,
-        prefix_mask: torch.Tensor | None,
         call: _Call,
     ) -> torch.Tensor:
-        output, logits, state = _forward(query, key, value, prefix_key, prefix_value, prefix_mask, call)
-        lse = logits.logsumexp(dim=-1)
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, prefix_mask, call.mask, output, lse, *state)
-        ctx.call = call._replace(mask=None)
+        head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
+        with _without_autocast(query.device.type):
+            output, lse, state = call.kernel.forward(
+                query, key, _widened(value, key), call.mask, call.is_causal, call.scale
+            )
+            output = _narrowed(output, value)
+            # the attention over X takes part in the softmax over P as one more position, with its log-sum-exp for a score
+            scores = torch.cat([_prefix_scores(query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
+            lse = scores.logsumexp(dim=-1, keepdim=True)
+            weights = scores.softmax(dim=-1)
+            attended = _unfold(torch.bmm(weights[..., :-1], head_value), query)
+            output.mul_(_cast(_unfold(weights[..., -1:], query), output.dtype)).add_(_cast(attended, output.dtype))
+        ctx.save_for_backward(
+            query, key, value, prefix_key, prefix_value, call.mask, call.prefix_mask, output, lse, *state
+        )
+        ctx.call = call._replace(mask=None, prefix_mask=None)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, prefix_key, prefix_value, prefix_mask, mask, output, lse, *state = ctx.saved_tensors
-        kernel, _, is_causal, scale = ctx.call
-        needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value, *_ = ctx.needs_input_grad
+        query, key, value, prefix_key, prefix_value, mask, prefix_mask, output, lse, *state = ctx.saved_tensors
+        call = ctx.call._replace(mask=mask, prefix_mask=prefix_mask)
+        needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value, _ = ctx.needs_input_grad
         grad_query: Any = None
         grad_key = grad_value = grad_prefix_key = grad_prefix_value = None
-        with torch.autocast(query.device.type, enabled=False):
+        head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
+        with _without_autocast(query.device.type):
             if needs_query or needs_key or needs_value:
-                grad_query, grad_key, grad_value = kernel.backward(
-                    grad_output, query, key, value, mask, output, lse, state, is_causal, scale
+                grad_query, grad_key, grad_value = call.kernel.backward(
+                    _widened(grad_output, key),
+                    query,
+                    key,
+                    _widened(value, key),
+                    mask,
+                    _widened(output, key),
+                    _unfold(lse, query).squeeze(-1),
+                    tuple(state),
+                    call.is_causal,
+                    call.scale,
                 )
-            weights = _prefix_scores(query, prefix_key, prefix_mask, scale).sub_(lse.unsqueeze(-1)).exp_()
+                grad_value = _narrowed(grad_value, value)
+            weights = _prefix_scores(query, head_key, call).sub_(lse).exp_()
+            grad_rows = _cast(_fold(grad_output), weights.dtype)
             if needs_prefix_value:
-                grad_prefix_value = _reduce(weights, grad_output, prefix_value)
+                grad_prefix_value = _reduce(weights, grad_rows, prefix_value)
             if needs_query or needs_prefix_key:
-                delta = (grad_output.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1, keepdim=True)
-                grad_scores = _scores(grad_output, prefix_value).sub_(delta).mul_(weights)
+                delta = (grad_rows * _cast(_fold(output), weights.dtype)).sum(dim=-1, keepdim=True)
+                grad_scores = (
+                    torch.bmm(grad_rows, head_value.transpose(1, 2)).sub_(delta).mul_(weights).mul_(call.scale)
+                )
                 if needs_query:
-                    grad_query = grad_query + _attend(grad_scores, prefix_key * scale)
+                    added = _unfold(torch.bmm(grad_scores, head_key), query)
+                    grad_query = grad_query + _cast(added, grad_query.dtype)
                 if needs_prefix_key:
-                    grad_prefix_key = _reduce(grad_scores, query, prefix_key) * scale
-        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, None, None
+                    grad_prefix_key = _reduce(grad_scores, _cast(_fold(query), weights.dtype), prefix_key)
+        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, None
 
 
-def _per_query_head(prefix: torch.Tensor, num_query_heads: int) -> torch.Tensor:
-    """Repeat a prefix (1 or batch, kv_heads, prefix_tokens, dim) for each query head. It is small; the queries are not."""
-    return prefix.repeat_interleave(num_query_heads // prefix.shape[1], dim=1)
+def _per_query_head(prefix: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """
+    Repeat keys or values (kv_heads, prefix_tokens, dim) for each query head of a group, in float32 at least.
+
+    They are small. The queries are not, and so they stay as they lie in memory.
+    """
+    groups = query.shape[1] // prefix.shape[0]
+    repeated = prefix.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)
+    return _cast(repeated, torch.promote_types(prefix.dtype, torch.float32))
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _scores(rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """rows · prefixᵀ: (batch, query_heads, tokens, prefix_tokens), in float32 at least."""
-    dtype = _accumulation_dtype(rows.dtype)
-    prefix = _per_query_head(prefix, rows.shape[1]).to(dtype)
-    equation = "bhtd,hpd->bhtp" if prefix.shape[0] == 1 else "bhtd,bhpd->bhtp"
-    return torch.einsum(equation, rows.to(dtype), prefix.squeeze(0) if prefix.shape[0] == 1 else prefix)
-
-
-def _prefix_scores(
-    query: torch.Tensor, prefix_key: torch.Tensor, prefix_mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    scores = _scores(query, prefix_key * scale)
-    if prefix_mask is not None:
-        scores.masked_fill_(~prefix_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _Call) -> torch.Tensor:
+    """s · Q P_Kᵀ, (query_heads, rows, prefix_tokens)."""
+    scores = torch.bmm(_cast(_fold(query), head_key.dtype), (head_key * call.scale).transpose(1, 2))
+    if call.prefix_mask is not None:
+        hidden = ~call.prefix_mask[:, None, None, :]
+        _unfold(scores, query).masked_fill_(hidden, torch.finfo(scores.dtype).min)
     return scores
 
 
-def _attend(weights: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """weights · prefix: (batch, query_heads, tokens, dim), in the prefix's dtype."""
-    repeated = _per_query_head(prefix, weights.shape[1]).to(weights.dtype)
-    if prefix.shape[0] == 1:
-        return torch.einsum("bhtp,hpd->bhtd", weights, repeated.squeeze(0)).to(prefix.dtype)
-    return torch.einsum("bhtp,bhpd->bhtd", weights, repeated).to(prefix.dtype)
-
-
 def _reduce(weights: torch.Tensor, rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """weightsᵀ · rows, summed over tokens, over the query heads of a group and, for a shared prefix, over the batch."""
-    equation = "bhtp,bhtd->hpd" if prefix.shape[0] == 1 else "bhtp,bhtd->bhpd"
-    summed = torch.einsum(equation, weights, rows.to(weights.dtype))
-    summed = summed.unsqueeze(0) if prefix.shape[0] == 1 else summed
-    return summed.unflatten(1, (prefix.shape[1], -1)).sum(dim=2).to(prefix.dtype)
+    """weightsᵀ · rows, summed over the rows and the query heads of a group: (kv_heads, prefix_tokens, dim)."""
+    summed = torch.bmm(weights.transpose(1, 2), rows)
+    return summed.unflatten(0, (prefix.shape[0], -1)).sum(dim=1).to(prefix.dtype)
+
+
+def _fold(tensor: torch.Tensor) -> torch.Tensor:
+    """(batch, query_heads, tokens, dim) → (query_heads, rows, dim): what all rows of a head have to do with one prefix."""
+    return tensor.squeeze(0) if tensor.shape[0] == 1 else tensor.transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """(query_heads, rows, dim) → (batch, query_heads, tokens, dim)."""
+    batch, _, tokens, _ = query.shape
+    return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
+
+
+def _widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Pad what is as wide as values with zeros to the keys' width: the kernels want both equal, latent attention's are not."""
+    missing = key.shape[-1] - value.shape[-1]
+    return F.pad(value, (0, missing)) if missing else value
+
+
+def _narrowed(output: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Undo [`_widened`]."""
+    return output[..., : value.shape[-1]] if output.shape[-1] > value.shape[-1] else output
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that the tensors have."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

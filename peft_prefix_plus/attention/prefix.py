@@ -14,8 +14,8 @@ class Prefix:
     Keys and values that stand before the real ones in one attention module.
 
     Attributes:
-        key (`torch.Tensor`): Shape (1 or batch, kv_heads, prefix_tokens, key_dim).
-        value (`torch.Tensor`): Shape (1 or batch, kv_heads, prefix_tokens, value_dim).
+        key (`torch.Tensor`): Shape (kv_heads, prefix_tokens, key_dim).
+        value (`torch.Tensor`): Shape (kv_heads, prefix_tokens, value_dim).
         mask (`torch.Tensor`, *optional*): Shape (batch, prefix_tokens), True where a row sees the position; `None`
             when every row sees every position.
         gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
@@ -50,7 +50,7 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
         return prefixes[0]
     masks = [prefix.mask for prefix in prefixes if prefix.mask is not None]
     return Prefix(
-        torch.cat([prefix.key for prefix in prefixes], dim=2),
-        torch.cat([prefix.value for prefix in prefixes], dim=2),
+        torch.cat([prefix.key for prefix in prefixes], dim=1),
+        torch.cat([prefix.value for prefix in prefixes], dim=1),
         torch.cat(masks, dim=1) if masks else None,
     )

@@ -46,7 +46,7 @@ def concatenated_attention(
         What `attend` returns: the output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch,
         query_heads, tokens, prefix_tokens + kv_tokens), or `None`.
     """
-    batch, length = key.shape[0], prefix.key.shape[2]
+    batch, length = key.shape[0], prefix.key.shape[1]
     if attention_mask is None and none_is_causal:
         attention_mask = _implied_causal_mask(module, query, key, kwargs.get("is_causal"))
     if prefix.mask is not None and attention_mask is None:
@@ -78,7 +78,7 @@ def concatenated_flash_attention(
 
     Its queries are the last of the keys, so that more keys before them are seen by all.
     """
-    batch, length = key.shape[0], prefix.key.shape[2]
+    batch, length = key.shape[0], prefix.key.shape[1]
     if prefix.mask is not None and padding is None:
         padding = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
     if padding is not None:
@@ -143,12 +143,11 @@ def gated_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
         Shape (batch, tokens, query_heads, value_dim).
     """
     assert prefix.gate is not None
-    groups = query.shape[1] // prefix.key.shape[1]
-    grouped = query.unflatten(1, (prefix.key.shape[1], groups))
+    grouped = query.unflatten(1, (prefix.key.shape[0], -1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = grouped @ prefix.key.unsqueeze(2).transpose(-1, -2) * scale
+    scores = grouped @ prefix.key.unsqueeze(1).transpose(-1, -2) * scale
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    attended = (weights @ prefix.value.unsqueeze(2)).flatten(1, 2)
+    attended = (weights @ prefix.value.unsqueeze(1)).flatten(1, 2)
     gate = prefix.gate.tanh()[None, :, None, None]
     if prefix.mask is not None:
         # a gated adapter is the whole of a row's prefix or no part of it
