@@ -204,7 +204,7 @@ class InlineAttention(TorchFunctionMode):
                 self._remember(result, state)
             else:
                 self.lost_at.append(name)
-        elif name not in ("get", "size"):
+        elif name not in TRANSPOSES:  # as of products that are no scores: the output
             self.lost_at.append(name)
         return result
 

@@ -1,0 +1,96 @@
+"""Models of images and speech: their attention modules are found, or named in `target_modules`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from models import adapter_parameters, prefix_config, prefix_layers
+from peft import PeftModel, get_peft_model
+
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+IMAGE = dict(image_size=16, patch_size=8)
+TEXT = dict(vocab_size=64, max_position_embeddings=32, bos_token_id=0, eos_token_id=3, pad_token_id=1)
+WHISPER = dict(
+    vocab_size=64,
+    num_mel_bins=8,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_source_positions=16,
+    max_target_positions=32,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=3,
+    decoder_start_token_id=2,
+)
+
+
+def vit():
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, **IMAGE))
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def clip():
+    config = transformers.CLIPConfig(
+        text_config={**SIZES, **TEXT}, vision_config={**SIZES, **IMAGE}, projection_dim=16
+    )
+    inputs = {"input_ids": torch.tensor([[5, 6, 3], [7, 8, 3]]), "pixel_values": torch.randn(2, 3, 16, 16)}
+    return transformers.CLIPModel(config), inputs
+
+
+def clip_text():
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SIZES, **TEXT))
+    return model, {"input_ids": torch.tensor([[5, 6, 3], [7, 8, 3]])}
+
+
+def whisper():
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**WHISPER))
+    return model, {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.tensor([[2, 5], [2, 6]])}
+
+
+CASES = {
+    "vit": (vit, None, 2),
+    "clip, its text model": (clip_text, None, 2),
+    "clip, the text side": (clip, r".*text_model.*self_attn", 2),
+    "clip, the image side": (clip, r".*vision_model.*self_attn", 2),
+    "whisper, all": (whisper, None, 6),
+    "whisper, the encoder": (whisper, r".*\.encoder\..*self_attn", 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_prefix_in_a_tower_works(case, tmp_path):
+    build, target_modules, count = CASES[case]
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.eval().requires_grad_(False)
+    expected = output_of(model, inputs)
+
+    tuned = get_peft_model(model, prefix_config(target_modules=target_modules)).eval()
+    assert len(prefix_layers(tuned)) == count
+    changed = output_of(tuned, inputs)
+    assert not torch.allclose(changed, expected, atol=1e-5)
+    with tuned.disable_adapter():
+        assert torch.equal(output_of(tuned, inputs), expected)
+    main_output(tuned(**inputs)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter_parameters(tuned).values())
+
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tuned.unload(), tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), changed)
+
+
+def output_of(model, inputs):
+    with torch.no_grad():
+        return main_output(model(**inputs))
+
+
+def main_output(outputs):
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    return next(outputs[name] for name in names if name in outputs)
