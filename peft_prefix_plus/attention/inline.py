@@ -202,9 +202,9 @@ class InlineAttention(TorchFunctionMode):
                 self._remember(result, replace(state, scale=state.scale * factor))
             elif name in BIASES or name in RESHAPES:
                 self._remember(result, state)
-            else:
+            elif name not in TRANSPOSES:  # as is done to products that are no scores: the output
                 self.lost_at.append(name)
-        elif name not in TRANSPOSES:  # as of products that are no scores: the output
+        elif name not in TRANSPOSES:
             self.lost_at.append(name)
         return result
 
