@@ -68,7 +68,9 @@ def load_adapted_model(
     with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
         config = PeftConfig.from_pretrained(adapter)
     if config.peft_type != PREFIX_PLUS:
-        raise CommandError(f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus loads PREFIX_PLUS adapters.")
+        raise CommandError(
+            f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus loads PREFIX_PLUS adapters."
+        )
     base = model or config.base_model_name_or_path
     if not base:
         raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by --model.")
