@@ -76,7 +76,7 @@ def _infer(
     call: _Call,
 ) -> torch.Tensor:
     """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
-    rows = query.shape[0], -1, -1, -1
+    rows = (query.shape[0], -1, -1, -1)
     prefix_key, prefix_value = prefix_key.expand(rows), prefix_value.expand(rows)  # one for all rows, without a copy
     mask = call.prefix_mask
     if mask is not None:
@@ -84,8 +84,8 @@ def _infer(
     forward = call.kernel.forward  # the kernels are no operations that autocast knows of
     output, lse, _ = forward(query, key, _widened(value, key), call.mask, call.is_causal, call.scale)
     attended, prefix_lse, _ = forward(query, prefix_key, _widened(prefix_value, prefix_key), mask, False, call.scale)
-    weight = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)
-    return _narrowed(torch.lerp(output, attended, _cast(weight, output.dtype)), value)
+    weight = prefix_lse.sub_(lse).sigmoid_().unsqueeze(-1)
+    return _narrowed(output.lerp_(attended, _cast(weight, output.dtype)), value)
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -60,7 +60,7 @@ class CpuFlashKernel:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
-        return query.device.type == "cpu" and query.dtype in self.dtypes
+        return query.dtype in self.dtypes
 
     def forward(
         self,
@@ -102,8 +102,7 @@ class CudaFlashKernel:
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            query.is_cuda
-            and torch.version.cuda is not None
+            torch.version.cuda is not None
             and torch.backends.cuda.flash_sdp_enabled()
             and query.dtype in self.dtypes
             and mask is None
@@ -168,8 +167,7 @@ class CudaEfficientKernel:
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            query.is_cuda
-            and torch.version.cuda is not None
+            torch.version.cuda is not None
             and torch.backends.cuda.mem_efficient_sdp_enabled()
             and query.dtype in self.dtypes
             and query.shape[-1] % 8 == 0
@@ -242,8 +240,11 @@ class CudaEfficientKernel:
         return padded.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
 
 
-KERNELS: tuple[Any, ...] = (CpuFlashKernel(), CudaFlashKernel(), CudaEfficientKernel())
-"""In order of preference."""
+KERNELS: dict[str, tuple[Any, ...]] = {
+    "cpu": (CpuFlashKernel(),),
+    "cuda": (CudaFlashKernel(), CudaEfficientKernel()),
+}
+"""By device, in order of preference."""
 
 
 def find_kernel(
@@ -252,4 +253,7 @@ def find_kernel(
     """Return the first kernel that takes these inputs, or `None`."""
     if value.shape[-1] > key.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return None
-    return next((kernel for kernel in KERNELS if kernel.supports(query, key, mask, is_causal)), None)
+    for kernel in KERNELS.get(query.device.type, ()):
+        if kernel.supports(query, key, mask, is_causal):
+            return kernel
+    return None
