@@ -200,7 +200,6 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
         for method, checkpointing in rows:
             model = wrap(settings, method, base)
             if checkpointing:
-                model.enable_input_require_grads()
                 model.activation_checkpointing_enable()
             peak = peak_bytes(settings, train_step(model, ids))
             reference = peak if method == BASELINE else reference

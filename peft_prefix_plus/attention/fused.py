@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels import AttentionKernel
+from .kernels import AttentionKernel, KernelInputs
 from .prefix import Prefix
 from .reference import finite_additive
 
@@ -76,16 +76,17 @@ def _infer(
     call: _Call,
 ) -> torch.Tensor:
     """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
-    rows = query.shape[0], -1, -1, -1
+    rows = (query.shape[0], -1, -1, -1)
     prefix_key, prefix_value = prefix_key.expand(rows), prefix_value.expand(rows)  # one for all rows, without a copy
     mask = call.prefix_mask
     if mask is not None:
         mask = finite_additive(mask[:, None, None, :].expand(-1, -1, query.shape[2], -1), query.dtype)
-    forward = call.kernel.forward  # the kernels are no operations that autocast knows of
-    output, lse, _ = forward(query, key, _widened(value, key), call.mask, call.is_causal, call.scale)
-    attended, prefix_lse, _ = forward(query, prefix_key, _widened(prefix_value, prefix_key), mask, False, call.scale)
-    weight = torch.sigmoid(prefix_lse - lse).unsqueeze(-1)
-    return _narrowed(torch.lerp(output, attended, _cast(weight, output.dtype)), value)
+    # the kernels are no operations that autocast knows of
+    output, lse, _ = call.kernel.forward(_real_inputs(query, key, value, call))
+    prefix_inputs = KernelInputs(query, prefix_key, _widened(prefix_value, prefix_key), mask, False, call.scale)
+    attended, prefix_lse, _ = call.kernel.forward(prefix_inputs)
+    weight = prefix_lse.sub_(lse).sigmoid_().unsqueeze(-1)
+    return _narrowed(output.lerp_(attended, _cast(weight, output.dtype)), value)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -101,9 +102,7 @@ class _FusedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
-            output, lse, state = call.kernel.forward(
-                query, key, _widened(value, key), call.mask, call.is_causal, call.scale
-            )
+            output, lse, state = call.kernel.forward(_real_inputs(query, key, value, call))
             output = _narrowed(output, value)
             # the attention over X takes part in the softmax over P as one more position, with its log-sum-exp for a score
             scores = torch.cat([_prefix_scores(query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
@@ -129,16 +128,11 @@ class _FusedAttention(torch.autograd.Function):
         with _without_autocast(query.device.type):
             if needs_query or needs_key or needs_value:
                 grad_query, grad_key, grad_value = call.kernel.backward(
+                    _real_inputs(query, key, value, call),
                     _widened(grad_output, key),
-                    query,
-                    key,
-                    _widened(value, key),
-                    mask,
                     _widened(output, key),
                     _unfold(lse, query).squeeze(-1),
                     tuple(state),
-                    call.is_causal,
-                    call.scale,
                 )
                 grad_value = _narrowed(grad_value, value)
             weights = _prefix_scores(query, head_key, call).sub_(lse).exp_()
@@ -193,6 +187,10 @@ def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """(query_heads, rows, dim) → (batch, query_heads, tokens, dim)."""
     batch, _, tokens, _ = query.shape
     return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
+
+
+def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> KernelInputs:
+    return KernelInputs(query, key, _widened(value, key), call.mask, call.is_causal, call.scale)
 
 
 def _widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

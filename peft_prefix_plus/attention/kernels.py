@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -11,46 +11,52 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 KernelState = tuple[torch.Tensor, ...]
+"""Further tensors that a kernel's backward wants of its forward."""
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class KernelInputs(NamedTuple):
+    """
+    What an attention kernel is called with.
+
+    Attributes:
+        query (`torch.Tensor`): Shape (batch, query_heads, tokens, dim).
+        key (`torch.Tensor`): Shape (batch, kv_heads, kv_tokens, dim).
+        value (`torch.Tensor`): Shape (batch, kv_heads, kv_tokens, dim): as wide as the keys.
+        mask (`torch.Tensor`, *optional*): Additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens).
+        is_causal (`bool`): Whether a query sees the key of its own index and those before it; only without a mask.
+        scale (`float`): The factor on the scores.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    is_causal: bool
+    scale: float
 
 
 class AttentionKernel(Protocol):
-    """
-    Attention over the real keys and values, forward and backward.
-
-    Queries are (batch, query_heads, tokens, dim), keys and values (batch, kv_heads, kv_tokens, dim), log-sum-exps (batch,
-    query_heads, tokens). Masks are additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens).
-    """
+    """Attention over the real keys and values, forward and backward."""
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
-        """Whether the kernel takes these inputs."""
+        """Whether the kernel takes inputs like these, on its device."""
         ...
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        """Return the output, the log-sum-exp, and further tensors that backward wants."""
+    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        """Return the output, shaped as the queries, its log-sum-exp, (batch, query_heads, tokens), and the state."""
         ...
 
     def backward(
         self,
+        inputs: KernelInputs,
         grad_output: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of queries, keys and values, given the output and log-sum-exp of the whole softmax."""
+    ) -> Gradients:
+        """Return the gradients of queries, keys and values, given output and log-sum-exp of the whole softmax."""
         ...
 
 
@@ -60,17 +66,10 @@ class CpuFlashKernel:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
-        return query.device.type == "cpu" and query.dtype in self.dtypes
+        return query.dtype in self.dtypes
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        query, key, value, mask, is_causal, scale = inputs
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
         )
@@ -78,17 +77,13 @@ class CpuFlashKernel:
 
     def backward(
         self,
+        inputs: KernelInputs,
         grad_output: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> Gradients:
+        query, key, value, mask, is_causal, scale = inputs
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_output, query, key, value, output, lse, 0.0, is_causal, attn_mask=mask, scale=scale
         )
@@ -102,8 +97,7 @@ class CudaFlashKernel:
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            query.is_cuda
-            and torch.version.cuda is not None
+            torch.version.cuda is not None
             and torch.backends.cuda.flash_sdp_enabled()
             and query.dtype in self.dtypes
             and mask is None
@@ -113,15 +107,8 @@ class CudaFlashKernel:
             and torch.cuda.get_device_capability(query.device) >= (8, 0)
         )
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        query, key, value, _, is_causal, scale = inputs
         output, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )
@@ -129,34 +116,16 @@ class CudaFlashKernel:
 
     def backward(
         self,
+        inputs: KernelInputs,
         grad_output: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        seed, offset = state
+    ) -> Gradients:
+        query, key, value, _, is_causal, scale = inputs
+        sequences = (None, None, query.shape[2], key.shape[2])  # a dense batch has no cumulative lengths
         return aten._scaled_dot_product_flash_attention_backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            lse.contiguous(),
-            None,  # the batch is dense: no cumulative sequence lengths
-            None,
-            query.shape[2],
-            key.shape[2],
-            0.0,
-            is_causal,
-            seed,
-            offset,
-            scale=scale,
+            grad_output, query, key, value, output, lse.contiguous(), *sequences, 0.0, is_causal, *state, scale=scale
         )
 
 
@@ -168,82 +137,64 @@ class CudaEfficientKernel:
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            query.is_cuda
-            and torch.version.cuda is not None
+            torch.version.cuda is not None
             and torch.backends.cuda.mem_efficient_sdp_enabled()
             and query.dtype in self.dtypes
             and query.shape[-1] % 8 == 0
         )
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        groups = query.shape[1] // key.shape[1]
+    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        query, key, value, bias = self._repeated(inputs)
         output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            query,
-            key.repeat_interleave(groups, dim=1),
-            value.repeat_interleave(groups, dim=1),
-            self._aligned_bias(mask, query, key),
-            True,
-            0.0,
-            is_causal,
-            scale=scale,
+            query, key, value, bias, True, 0.0, inputs.is_causal, scale=inputs.scale
         )
         return output, lse[..., : query.shape[2]], (seed, offset)
 
     def backward(
         self,
+        inputs: KernelInputs,
         grad_output: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        seed, offset = state
-        groups = query.shape[1] // key.shape[1]
+    ) -> Gradients:
+        query, key, value, bias = self._repeated(inputs)
+        lse = F.pad(lse, (0, -lse.shape[-1] % self.lse_alignment), value=float("inf")).contiguous()
+        wanted = [True, True, True, False]
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad_output,
             query,
-            key.repeat_interleave(groups, dim=1),
-            value.repeat_interleave(groups, dim=1),
-            self._aligned_bias(mask, query, key),
+            key,
+            value,
+            bias,
             output,
-            F.pad(lse, (0, -lse.shape[-1] % self.lse_alignment), value=float("inf")).contiguous(),
-            seed,
-            offset,
+            lse,
+            *state,
             0.0,
-            [True, True, True, False],
-            is_causal,
-            scale=scale,
+            wanted,
+            inputs.is_causal,
+            scale=inputs.scale,
         )
-        grad_key, grad_value = (
-            grad.unflatten(1, (key.shape[1], groups)).sum(dim=2) for grad in (grad_key, grad_value)
-        )
-        return grad_query, grad_key, grad_value
+        kv_heads = inputs.key.shape[1]
+        return grad_query, *(grad.unflatten(1, (kv_heads, -1)).sum(dim=2) for grad in (grad_key, grad_value))
 
     @staticmethod
-    def _aligned_bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-        """Expand a mask to all rows and heads, its rows aligned in memory to 16 bytes, as the kernel wants them."""
-        if mask is None:
-            return None
-        tokens = mask.shape[-1]
-        padded = F.pad(mask, (0, -tokens % 16))[..., :tokens]
-        return padded.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
+    def _repeated(inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Repeat keys and values for all query heads, and the mask for all rows and heads, aligned to 16 bytes."""
+        query, key, value, mask, _, _ = inputs
+        groups = query.shape[1] // key.shape[1]
+        if mask is not None:
+            tokens = mask.shape[-1]
+            mask = F.pad(mask, (0, -tokens % 16))[..., :tokens]
+            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
+        return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), mask
 
 
-KERNELS: tuple[Any, ...] = (CpuFlashKernel(), CudaFlashKernel(), CudaEfficientKernel())
-"""In order of preference."""
+KERNELS: dict[str, tuple[AttentionKernel, ...]] = {
+    "cpu": (CpuFlashKernel(),),
+    "cuda": (CudaFlashKernel(), CudaEfficientKernel()),
+}
+"""By device, in order of preference."""
 
 
 def find_kernel(
@@ -252,4 +203,7 @@ def find_kernel(
     """Return the first kernel that takes these inputs, or `None`."""
     if value.shape[-1] > key.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return None
-    return next((kernel for kernel in KERNELS if kernel.supports(query, key, mask, is_causal)), None)
+    for kernel in KERNELS.get(query.device.type, ()):
+        if kernel.supports(query, key, mask, is_causal):
+            return kernel
+    return None
