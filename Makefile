@@ -22,7 +22,7 @@ demo: install ## teach a small model table-to-text by a prefix (no downloads)
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
 
-test-models: install ## test every architecture (20 minutes on 2 cores) and write docs/models.md
+test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
 
 lint: install ## check style and types
