@@ -154,7 +154,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         """
         if self._disable_adapters:
             return None, ()
-        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
+        adapter_names = self._adapters_in_use()
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._produced.clear()
             return self._produce(adapter_names, key, value)
@@ -167,8 +167,11 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
 
     def has_prefix(self) -> bool:
         """Whether a prefix takes part in the next forward."""
-        adapter_names = self.active_adapters if self.row_adapters is None else self.row_adapters
-        return not self._disable_adapters and bool(self._present(adapter_names))
+        return not self._disable_adapters and bool(self._present(self._adapters_in_use()))
+
+    def _adapters_in_use(self) -> list[str]:
+        """The names that count for the next forward: the rows' own, or else the active ones."""
+        return self.active_adapters if self.row_adapters is None else self.row_adapters
 
     def _present(self, adapter_names: list[str]) -> list[str]:
         """Those of the adapters that this layer has, each once."""

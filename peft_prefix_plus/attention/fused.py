@@ -4,9 +4,10 @@ Attention over [P ; X] is the mix of attention over P and over X, weighted by th
 
     lse = logaddexp(lse_P, lse_X)        out = exp(lse_P - lse) · out_P + exp(lse_X - lse) · out_X
 
-The X part is the stock kernel on the keys and values as they are. The P part is two small matrix products. Backward calls
-the kernel's own backward with the merged out and lse, which is exact: with p = exp(s - lse) the softmax over all of [P ; X],
-the gradient of the scores is p · (dp - rowsum(dout · out)), and this is what the kernel computes for its part of them.
+The X part is the stock kernel on the keys and values as they are. The P part is two small matrix products in training, and a
+second call of the kernel in inference, where a single query is what matters. Backward calls the kernel's own backward with
+the merged out and lse, which is exact: with p = exp(s - lse) the softmax over all of [P ; X], the gradient of the scores is
+p · (dp - rowsum(dout · out)), and this is what the kernel computes for its part of them.
 """
 
 from __future__ import annotations
