@@ -10,6 +10,7 @@ from torch import nn
 
 from .encoders import DirectEncoder
 from .model import layers_with_adapter
+from .shared import remove_shared_parts
 
 
 @torch.no_grad()
@@ -69,6 +70,7 @@ def flatten(model: nn.Module, adapter_name: str = "default") -> None:
         layer.replace_encoder(
             adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad), scaling=1.0
         )
+    remove_shared_parts(model, adapter_name)
     configs: Any = model.peft_config
     configs[adapter_name] = replace(
         configs[adapter_name], reparameterization="none", encoder_hidden_size=None, prefix_scaling=1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -72,6 +71,10 @@ class DirectEncoder(nn.Module):
         """The modules whose own parameters the prefix depends on."""
         return [self]
 
+    def own_parts(self) -> list[nn.Module]:
+        """Those that this layer's encoder made."""
+        return [self]
+
     @classmethod
     def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
         """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
@@ -87,7 +90,8 @@ class DirectEncoder(nn.Module):
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
-        return self.key, self.value
+        # copies: what shards a model may take the parameters themselves apart again as soon as this returns
+        return self.key.clone(), self.value.clone()
 
 
 class VirtualTokens(nn.Module):
@@ -98,7 +102,8 @@ class VirtualTokens(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_virtual_tokens, encoder_dim))
 
     def forward(self) -> torch.Tensor:
-        return self.weight
+        """Return a copy of P', which stays when what shards a model takes the parameter apart again."""
+        return self.weight.clone()
 
 
 class ProjectedEncoder(nn.Module):
@@ -107,8 +112,8 @@ class ProjectedEncoder(nn.Module):
 
         linear:  P = P' W_up            mlp:  P = W_2 act(W_1 P' + b_1) + b_2
 
-    Parts that layers share are modules of the first layer that uses them; the others refer to them without registering
-    them, so that every parameter has one name.
+    Parts that layers share are modules of the model, not of a layer: encoders refer to them without registering them. So
+    every parameter has one name, and a model that is sharded layer by layer keeps them whole while any layer runs.
 
     Args:
         num_virtual_tokens (`int`): The length of the prefix.
@@ -117,7 +122,7 @@ class ProjectedEncoder(nn.Module):
         hidden_size (`int`, *optional*): The hidden width of the MLP; `None` for the linear reparameterization.
         activation (`str`): The MLP's activation.
         sharing (`str`): What the layers share.
-        shared_parts (`MutableMapping`): The parts that earlier layers of the same adapter have made; added to.
+        shared_parts (`nn.ModuleDict`): The parts that encoders of the same adapter have made and share; added to.
     """
 
     def __init__(
@@ -128,12 +133,13 @@ class ProjectedEncoder(nn.Module):
         hidden_size: int | None,
         activation: str,
         sharing: str,
-        shared_parts: MutableMapping[tuple[str, KVShape | None], nn.Module],
+        shared_parts: nn.ModuleDict,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.activation = ACT2FN[activation] if hidden_size is not None else None
-        self._borrowed: dict[str, nn.Module] = {}
+        self._shared: dict[str, nn.Module] = {}
+        self._made: set[str] = set()  # of those, the ones that were not there before
         width = encoder_dim if hidden_size is None else hidden_size
         builders = {
             "virtual_tokens": lambda: VirtualTokens(num_virtual_tokens, encoder_dim),
@@ -148,25 +154,30 @@ class ProjectedEncoder(nn.Module):
                 self.add_module(name, build())
                 continue
             # A projection network fits one shape; P', and a hidden layer shared without its output, fit all.
-            key = (name, shape if network_is_shared and name != "virtual_tokens" else None)
-            if key in shared_parts:
-                self._borrowed[name] = shared_parts[key]
-            else:
-                self.add_module(name, build())
-                shared_parts[key] = self.get_submodule(name)
+            fits_all = name == "virtual_tokens" or not network_is_shared
+            key = name if fits_all else f"{name}_{shape.num_heads}x{shape.key_dim}x{shape.value_dim}"
+            if key not in shared_parts:
+                shared_parts[key] = build()
+                self._made.add(name)
+            self._shared[name] = shared_parts[key]
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on, shared ones included."""
-        return [*self.children(), *self._borrowed.values()]
+        return [*self.children(), *self._shared.values()]
+
+    def own_parts(self) -> list[nn.Module]:
+        """Those that this layer's encoder made: its own, and the shared ones that no earlier layer uses."""
+        return [*self.children(), *(part for name, part in self._shared.items() if name in self._made)]
 
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
-        return self._borrowed[name] if name in self._borrowed else self.get_submodule(name)
+        return self._shared[name] if name in self._shared else self.get_submodule(name)
 
     @torch.no_grad()
     def initialize_parameters(self, init_weights: bool | str) -> None:
-        """Fill the parameters that this layer owns so that the produced prefix has the standard deviation asked for."""
-        for name, part in self.named_children():
+        """Fill the parameters of [`own_parts`] so that the produced prefix has the standard deviation asked for."""
+        made = {name: part for name, part in self._shared.items() if name in self._made}
+        for name, part in {**dict(self.named_children()), **made}.items():
             if isinstance(part, VirtualTokens):
                 part.weight.normal_()
             elif isinstance(part, nn.Linear):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .attention import (
@@ -21,10 +20,11 @@ from .attention import (
     require_complete,
     set_config,
 )
-from .encoders import DirectEncoder, KVShape, ProjectedEncoder
+from .encoders import DirectEncoder, ProjectedEncoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
 from .memo import Memo, Source
 from .registration import METHOD_NAME
+from .shared import PrefixPlusModule
 
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
 """The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that have a gate."""
 
 
-class PrefixPlusLayer(nn.Module, BaseTunerLayer):
+class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
     The prefixes of one attention module, by adapter; a child of that module.
 
@@ -83,7 +83,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: PrefixPlusConfig,
         geometry: AttentionGeometry,
-        shared_parts: MutableMapping[tuple[str, KVShape | None], nn.Module],
+        shared_parts: nn.ModuleDict,
     ) -> None:
         """
         Add an adapter.
@@ -92,7 +92,7 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             adapter_name (`str`): Its name.
             config (`PrefixPlusConfig`): Its configuration.
             geometry (`AttentionGeometry`): The attention module's geometry.
-            shared_parts (`MutableMapping`): Encoder parts that the adapter's layers share; added to.
+            shared_parts (`nn.ModuleDict`): Encoder parts that the adapter's layers share; added to.
         """
         encoder: DirectEncoder | ProjectedEncoder
         if config.reparameterization == "none":
@@ -129,11 +129,17 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = scaling
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters that this layer holds for an adapter (a shared one is held by one layer only)."""
-        if adapter_name in self.prefix_plus_encoder:
-            yield from self.prefix_plus_encoder[adapter_name].parameters()
+        """Yield the parameters that this layer made for an adapter (of those that share one, the first layer made it)."""
+        for part in self._own_parts(adapter_name):
+            yield from part.parameters()
         if adapter_name in self.prefix_plus_gate:
             yield self.prefix_plus_gate[adapter_name]
+
+    def _own_parts(self, adapter_name: str) -> list[nn.Module]:
+        if adapter_name not in self.prefix_plus_encoder:
+            return []
+        encoder: Any = self.prefix_plus_encoder[adapter_name]
+        return encoder.own_parts()
 
     def prefix_key_value(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an adapter's keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), before dropout."""
@@ -254,8 +260,8 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
         self._adapter_to(adapter_name, device=execution_device(self.attention) if device is None else device)
 
     def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
-        if adapter_name in self.prefix_plus_encoder:
-            self.prefix_plus_encoder[adapter_name].to(**destination)
+        for part in self._own_parts(adapter_name):
+            part.to(**destination)
         if adapter_name in self.prefix_plus_gate:
             self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(**destination)
 

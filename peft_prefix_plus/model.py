@@ -17,17 +17,21 @@ from torch import nn
 
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
-from .encoders import KVShape
+from .encoders import SHARED_PARTS
 from .geometry import calls_attention_interface
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
+from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
 from .targets import Selection, select_modules, select_saved_modules
 
 
 BASE_MODEL_NAME = "__base__"
 """What stands for no adapter in `adapter_names`."""
+
+CONTAINERS = PrefixPlusLayer.adapter_layer_names + SharedParts.adapter_layer_names
+"""The names of the dictionaries that hold parameters by adapter."""
 
 
 class PrefixPlusModel(BaseTuner):
@@ -65,7 +69,7 @@ class PrefixPlusModel(BaseTuner):
     """
 
     prefix: str = f"{METHOD_NAME}_"
-    tuner_layer_cls = PrefixPlusLayer
+    tuner_layer_cls = PrefixPlusModule
     target_module_mapping: dict[str, list[str]] = {}
 
     # Set while an adapter is being injected.
@@ -99,11 +103,11 @@ class PrefixPlusModel(BaseTuner):
                 self._selection = select_modules(model, config)
             else:
                 self._selection = select_saved_modules(model, config, state_dict)
-            self._shared_parts: dict[tuple[str, KVShape | None], nn.Module] = {}
             for name in self._selection.modules:
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):
                     attention_family(model_config(module)._attn_implementation)
+            remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _check_adapter_name(model, adapter_name)
         except BaseException:
@@ -111,7 +115,6 @@ class PrefixPlusModel(BaseTuner):
             raise
         finally:
             self._selection = None
-            self._shared_parts = {}
             config.target_modules = target_modules  # PEFT shortens a long list of names to a set
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
@@ -145,7 +148,10 @@ class PrefixPlusModel(BaseTuner):
     ) -> None:
         assert self._selection is not None
         geometry = self._selection.modules[current_key]
-        attach(target, self.peft_config).update_layer(adapter_name, peft_config, geometry, self._shared_parts)
+        # made only now: PEFT takes a model that has a tuner layer at the start for one that it has frozen already
+        shares = peft_config.reparameterization != "none" and bool(SHARED_PARTS[peft_config.sharing])
+        shared = shared_parts(self.model, adapter_name) if shares else nn.ModuleDict({})
+        attach(target, self.peft_config).update_layer(adapter_name, peft_config, geometry, shared)
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -246,6 +252,7 @@ class PrefixPlusModel(BaseTuner):
         """
         for _, layer in list(self.prefix_layers()):
             detach(layer.attention)
+        remove_shared_parts(self.model)
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])  # or else the active adapter's copy of the module would stay in the model
@@ -268,7 +275,7 @@ class PrefixPlusModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        for container in PrefixPlusLayer.adapter_layer_names:
+        for container in CONTAINERS:
             key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
@@ -355,12 +362,13 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
         layer.remove_adapter(adapter_name)
         if not layer.prefix_plus_encoder:
             detach(layer.attention)
+    remove_shared_parts(model, adapter_name)
 
 
 def _adapter_keys(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> set[str]:
     """Return the keys of a model's state dict that are an adapter's."""
-    containers = "|".join(PrefixPlusLayer.adapter_layer_names)
-    is_adapter_key = re.compile(rf"\.{METHOD_NAME}\.(?:{containers})\.{re.escape(adapter_name)}(?:\.|$)")
+    containers = "|".join(CONTAINERS)
+    is_adapter_key = re.compile(rf"(?:^|\.){METHOD_NAME}\.(?:{containers})\.{re.escape(adapter_name)}(?:\.|$)")
     return {key for key in state_dict if is_adapter_key.search(key)}
 
 

@@ -72,16 +72,19 @@ def select_saved_modules(
 
     Args:
         model (`nn.Module`): The model, which is left as it is.
-        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` one module has the parameters of all, and
-            the configuration says which those are.
+        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` no module has parameters of its own, and
+            the configuration says which modules have the prefix.
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; only its keys are used.
 
     Raises:
         ValueError: If the checkpoint has no prefix, or one for a module that the model does not have.
     """
     candidates = _candidates(model)
-    marker = f".{METHOD_NAME}.{METHOD_NAME}_"
-    saved = {key.partition(marker)[0] for key in state_dict if marker in key}
+    is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)\.")
+    matches = [match for match in map(is_parameter.match, state_dict) if match is not None]
+    saved = {match["module"] for match in matches if match["container"] != "shared"}
+    if matches and config.reparameterization != "none" and config.sharing == "all":
+        saved.update(select_modules(model, config).modules)
     unknown = sorted(saved.difference(candidates))
     if unknown or not saved:
         found = f"parameters of {unknown[0]}" if unknown else "no parameters of a PREFIX_PLUS adapter"
@@ -89,8 +92,6 @@ def select_saved_modules(
             f"The `state_dict` has {found}; the attention modules of {type(model).__name__} are "
             f"{_examples(candidates)}. Pass the state dict of an adapter that was saved from the same base model."
         )
-    if config.reparameterization != "none" and config.sharing == "all":
-        saved.update(select_modules(model, config).modules)
     geometries = probe(model, wanted=saved)
     return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset())
 

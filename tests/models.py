@@ -278,7 +278,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if ".prefix_plus." in name and adapter_name in name.split(".")
+        if "prefix_plus" in name.split(".") and adapter_name in name.split(".")
     }
 
 

@@ -340,6 +340,9 @@ def test_the_status_of_layers_and_model():
     model = with_adapters(*LAYERS, reparameterization="linear", gating=True)
 
     layers = {status.name.removeprefix("model."): status for status in get_layer_status(model)}
+    shared = layers.pop("prefix_plus")
+    assert shared.module_type == "prefix_plus.SharedParts"
+    assert shared.available_adapters == ["first", "second", "third"]
     assert set(layers) == {f"model.layers.{layer}.self_attn.prefix_plus" for layer in range(3)}
     assert layers["model.layers.1.self_attn.prefix_plus"].available_adapters == ["first", "second"]
     assert layers["model.layers.2.self_attn.prefix_plus"].available_adapters == ["second", "third"]
@@ -350,7 +353,7 @@ def test_the_status_of_layers_and_model():
         assert status.merged_adapters == []
     status = get_model_status(model)
     assert status.peft_types == dict.fromkeys(LAYERS, "PREFIX_PLUS")
-    assert status.num_adapter_layers == 3
+    assert status.num_adapter_layers == 4  # the three, and what they share
     assert status.enabled is True
     assert status.active_adapters == ["first"]
     assert status.trainable_params == sum(p.numel() for p in adapter_parameters(model, "first").values())

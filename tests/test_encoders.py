@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -105,8 +106,14 @@ def prefix_by_formula(
     """The keys and values (heads, tokens, dim) of a layer of the tiny Llama, from the tensors of its adapter."""
 
     def part(name: str, shared_under: tuple[str, ...]) -> torch.Tensor:
-        owner = 0 if sharing in shared_under else layer
-        return parameters[f"base_model.model.model.layers.{owner}.self_attn.prefix_plus.prefix_plus_encoder.{name}"]
+        part, _, kind = name.partition(".")
+        if sharing not in shared_under:
+            return parameters[
+                f"base_model.model.model.layers.{layer}.self_attn.prefix_plus.prefix_plus_encoder.{name}"
+            ]
+        # a network that is shared with its output is made for the shape of the keys and values
+        of_shape = "_2x8x8" if sharing != "input" and part != "virtual_tokens" else ""
+        return parameters[f"base_model.model.prefix_plus.prefix_plus_shared.{part}{of_shape}.{kind}"]
 
     if reparameterization == "none":
         return part("key", ()) * scaling, part("value", ()) * scaling
@@ -163,7 +170,7 @@ def test_the_hidden_width_of_the_mlp_is_the_encoders_width_unless_given(reparame
     widths = {
         parameter.shape[0]
         for name, parameter in adapter_parameters(prefixed(tiny_model(), **fields)).items()
-        if name.endswith("hidden.weight")
+        if re.search(r"hidden(_\w+)?\.weight$", name)
     }
 
     assert widths == ({DIM} if reparameterization == "mlp" else set())
@@ -183,10 +190,10 @@ def test_what_layers_share_is_the_same_tensor(sharing):
             parameter.copy_(original)
         return changed
 
-    owner = layers[0]
-    assert changed_by(owner.virtual_tokens.weight) == [True, *[sharing in ("input", "all")] * 2]
-    assert changed_by(owner.hidden.weight) == [True, *[sharing != "none"] * 2]
-    assert changed_by(owner.output.weight) == [True, *[sharing in ("projection", "all")] * 2]
+    first = layers[0]
+    assert changed_by(first.part("virtual_tokens").weight) == [True, *[sharing in ("input", "all")] * 2]
+    assert changed_by(first.part("hidden").weight) == [True, *[sharing != "none"] * 2]
+    assert changed_by(first.part("output").weight) == [True, *[sharing in ("projection", "all")] * 2]
 
 
 def two_shapes(seed: int = 0) -> torch.nn.Module:
