@@ -14,6 +14,10 @@ Source = tuple[Mapping[str, Any], str]
 """A parameter, as the dictionary that holds it and its name there."""
 
 
+def _may_be_sharded() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class Memo(Generic[T]):
     """
     The last value produced from some parameters, for inference.
@@ -22,7 +26,8 @@ class Memo(Generic[T]):
     through `parameter.data` or `parameter.detach()`; a forward in training clears the memo, so only such a write between two
     inferences needs a call of [`Memo.clear`].
 
-    A copy of a memo, by `copy` or `pickle`, is empty.
+    A copy of a memo, by `copy` or `pickle`, is empty. Nothing is kept in a process of `torch.distributed`: what shards a
+    model puts other numbers into the same tensor, and hides that from the counter.
     """
 
     def __init__(self) -> None:
@@ -52,7 +57,7 @@ class Memo(Generic[T]):
                 return self._value  # type: ignore[return-value]
         value = produce()
         tensors = [((holder, name), holder[name]) for holder, name in sources()]
-        if any(tensor.is_inference() for _, tensor in tensors):
+        if _may_be_sharded() or any(tensor.is_inference() for _, tensor in tensors):
             self.clear()  # tensors made in inference mode have no version
         else:
             self._seen = [(source, tensor, tensor._version, tensor.data_ptr()) for source, tensor in tensors]
