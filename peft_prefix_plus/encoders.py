@@ -138,8 +138,10 @@ class ProjectedEncoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.activation = ACT2FN[activation] if hidden_size is not None else None
-        self._shared: dict[str, nn.Module] = {}
-        self._made: set[str] = set()  # of those, the ones that were not there before
+        # What is shared is looked up at each use: wrappers (FSDP's, of checkpointing) take a module's place in its parent.
+        self._shared_parts = (shared_parts,)  # in a tuple: it must not become a child of each layer
+        self._shared: dict[str, str] = {}  # the names there
+        self._made: list[str] = []  # of those, the ones that were not there before
         width = encoder_dim if hidden_size is None else hidden_size
         builders = {
             "virtual_tokens": lambda: VirtualTokens(num_virtual_tokens, encoder_dim),
@@ -158,26 +160,26 @@ class ProjectedEncoder(nn.Module):
             key = name if fits_all else f"{name}_{shape.num_heads}x{shape.key_dim}x{shape.value_dim}"
             if key not in shared_parts:
                 shared_parts[key] = build()
-                self._made.add(name)
-            self._shared[name] = shared_parts[key]
+                self._made.append(name)
+            self._shared[name] = key
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on, shared ones included."""
-        return [*self.children(), *self._shared.values()]
+        return [*self.children(), *map(self.part, self._shared)]
 
     def own_parts(self) -> list[nn.Module]:
         """Those that this layer's encoder made: its own, and the shared ones that no earlier layer uses."""
-        return [*self.children(), *(part for name, part in self._shared.items() if name in self._made)]
+        return [*self.children(), *map(self.part, self._made)]
 
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
-        return self._shared[name] if name in self._shared else self.get_submodule(name)
+        return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
 
     @torch.no_grad()
     def initialize_parameters(self, init_weights: bool | str) -> None:
         """Fill the parameters of [`own_parts`] so that the produced prefix has the standard deviation asked for."""
-        made = {name: part for name, part in self._shared.items() if name in self._made}
-        for name, part in {**dict(self.named_children()), **made}.items():
+        for name in [name for name, _ in self.named_children()] + self._made:
+            part = self.part(name)
             if isinstance(part, VirtualTokens):
                 part.weight.normal_()
             elif isinstance(part, nn.Linear):

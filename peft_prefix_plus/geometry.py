@@ -157,7 +157,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, AttentionGeometry]:
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """
+    Bring a module's own parameters together around its forward where DeepSpeed's ZeRO-3 has partitioned them when the model
+    was loaded: its engine, which does that in training, is made from the model only later.
+    """
+    contexts: dict[nn.Module, list[Any]] = {}
+
+    def gather(module: nn.Module, args: Any) -> None:
+        from deepspeed.zero import GatheredParameters
+
+        context = GatheredParameters(list(module.parameters(recurse=False)))
+        context.__enter__()
+        contexts.setdefault(module, []).append(context)
+
+    def release(module: nn.Module, args: Any, output: Any) -> None:
+        contexts[module].pop().__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules():
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(gather))
+            handles.append(module.register_forward_hook(release, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probe(
+    model: nn.Module, wanted: Collection[str] = (), rejected: dict[str, str] | None = None
+) -> dict[str, AttentionGeometry]:
     """
     Determine the geometry of the attention modules that a model's main input reaches, by one tiny forward.
 
@@ -168,6 +200,8 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
         model (`nn.Module`): The model.
         wanted (`Collection[str]`): Names of further attention modules, reached through the main input of the submodel
             that they belong to (a vision tower).
+        rejected (`dict[str, str]`, *optional*): Filled with the modules that were reached and take a softmax in which a
+            prefix cannot take part, and why not.
 
     Returns:
         `dict[str, AttentionGeometry]`: By module name, in the model's order.
@@ -177,7 +211,7 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
     """
     modules = attention_modules(model)
     found: dict[str, AttentionGeometry] = {}
-    rejected: dict[str, str] = {}
+    rejected = {} if rejected is None else rejected
     is_encoder_decoder = False
 
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -195,7 +229,7 @@ def probe(model: nn.Module, wanted: Collection[str] = ()) -> dict[str, Attention
         if all(name in found for name in targets):
             continue
         is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
-        with recording(modules, record, rejected.__setitem__), evaluating(submodel):
+        with recording(modules, record, rejected.__setitem__), evaluating(submodel), gathering(submodel):
             try:
                 submodel(**probe_inputs(submodel))
             except Exception as error:

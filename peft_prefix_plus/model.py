@@ -24,7 +24,7 @@ from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
-from .targets import Selection, select_modules, select_saved_modules
+from .targets import Selection, select_modules, select_saved_modules, warn_of_impossible
 
 
 BASE_MODEL_NAME = "__base__"
@@ -110,6 +110,8 @@ class PrefixPlusModel(BaseTuner):
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _check_adapter_name(model, adapter_name)
+            if not config.awaits_weights:
+                warn_of_impossible(model, self._selection)
         except BaseException:
             self._undo_adding(model, adapter_name, snapshot)
             raise

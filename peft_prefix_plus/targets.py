@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -24,10 +25,12 @@ class Selection:
     Attributes:
         modules (`dict[str, AttentionGeometry]`): The chosen modules by name, in the model's order.
         excluded (`frozenset[str]`): Attention modules that `exclude_modules` left out.
+        impossible (`dict[str, str]`): Attention modules that were to have a prefix and cannot, and why not.
     """
 
     modules: dict[str, AttentionGeometry]
     excluded: frozenset[str]
+    impossible: dict[str, str]
 
 
 def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
@@ -48,7 +51,8 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     named = [] if targets is None else [name for name in candidates if _matches(targets, name)]
     excluded = [name for name in candidates if config.exclude_modules and _matches(config.exclude_modules, name)]
     named = [name for name in named if name not in excluded]
-    geometries = probe(model, wanted=named)
+    rejected: dict[str, str] = {}
+    geometries = probe(model, named, rejected)
     chosen = [name for name in geometries if name not in excluded] if targets is None else named
     if not chosen:
         raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
@@ -61,7 +65,28 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
         )
     if config.layers_to_transform is not None:
         chosen = _restrict_to_layers(model, chosen, config)
-    return Selection({name: geometries[name] for name in chosen}, frozenset(excluded))
+    impossible = {
+        name: reason
+        for name, reason in rejected.items()
+        if targets is None and name not in excluded and _is_attention_to_prefix(model, name, config)
+    }
+    return Selection({name: geometries[name] for name in chosen}, frozenset(excluded), impossible)
+
+
+def warn_of_impossible(model: nn.Module, selection: Selection) -> None:
+    """Warn of the attention modules that a user would expect to have a prefix, if there are any."""
+    if not selection.impossible:
+        return
+    names = list(selection.impossible)
+    classes = sorted({type(model.get_submodule(name)).__name__ for name in names})
+    warnings.warn(
+        f"{len(names)} attention modules of {type(model).__name__} get no prefix: {_examples(names)}. What "
+        f"{' and '.join(classes)} compute is attention in another form (over local blocks, for instance), which a prefix "
+        f"cannot enter ({selection.impossible[names[0]]}). {len(selection.modules)} others have a prefix: "
+        f"{_examples(list(selection.modules))}. If that is what you want, name those in `target_modules`, or these in "
+        "`exclude_modules`.",
+        stacklevel=2,
+    )
 
 
 def select_saved_modules(
@@ -93,7 +118,7 @@ def select_saved_modules(
             f"{_examples(candidates)}. Pass the state dict of an adapter that was saved from the same base model."
         )
     geometries = probe(model, wanted=saved)
-    return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset())
+    return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset(), {})
 
 
 def _candidates(model: nn.Module) -> list[str]:
@@ -163,6 +188,28 @@ def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPl
             )
         chosen |= hits
     return [name for name in names if name in chosen]
+
+
+def _is_attention_to_prefix(model: nn.Module, name: str, config: PrefixPlusConfig) -> bool:
+    """
+    Whether a module that the probe rejected is attention, and where the configuration wants prefixes.
+
+    Its class's name tells attention from others that take a softmax (the router of a mixture of experts).
+    """
+    if "attention" not in type(model.get_submodule(name)).__name__.lower():
+        return False
+    if not config.encoder_prefix and getattr(model.config, "is_encoder_decoder", False):
+        encoder = getattr(model, "get_encoder", lambda: None)()
+        if encoder is not None and any(module is model.get_submodule(name) for module in encoder.modules()):
+            return False
+    if config.layers_to_transform is None:
+        return True
+    stack, index = _layer_of(name, config.layers_pattern)
+    if stack is None:
+        return False
+    layers = config.layers_to_transform
+    wanted = layers if isinstance(layers, list) else [layers]
+    return index in wanted or index - len(model.get_submodule(stack)) in wanted  # type: ignore[arg-type]
 
 
 def _layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:

@@ -47,9 +47,10 @@ def base_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes))
 
 
-def adapted(case: Case) -> Any:
+def adapted(case: Case, base: Any = None) -> Any:
     """The tiny Llama with all adapters, the same in every process."""
-    model: Any = base_model()
+    model: Any = base_model() if base is None else base
+    torch.manual_seed(1)
     if case.checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": case.checkpointing})
     fields: dict[str, Any] = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_dim=4, init_weights=False)
