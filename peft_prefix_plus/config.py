@@ -19,7 +19,7 @@ from .registration import PREFIX_PLUS
 
 REPARAMETERIZATIONS = ("none", "linear", "mlp")
 SHARINGS = ("none", "input", "projection", "all")
-INITIALIZATIONS = (True, False, "random", "zero")
+INITIALIZATIONS = (True, False, "random", "zero", "activations")
 
 
 @dataclass
@@ -70,6 +70,10 @@ class PrefixPlusConfig(PeftConfig):
             Add the prefix's own attention, scaled by tanh of a learned per-head gate that starts at zero, to the
             untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly
             the base model.
+        decoupled (`bool`, defaults to `False`):
+            Add silu(s · Q P_Kᵀ) P_V to the untouched attention of the base model: the prefix takes no attention away from
+            the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
+            exactly the base model.
         init_weights (`bool` or `str`, defaults to `True`):
             `True`: the default start, a small random prefix. `False` or `"random"`: a prefix of unit standard
             deviation (and an open gate), which visibly changes the output. `"zero"`: keys and values of zero.
@@ -132,6 +136,9 @@ class PrefixPlusConfig(PeftConfig):
     gating: bool = field(
         default=False, metadata={"help": "Zero-initialised per-head gate on the prefix: a no-op at the start."}
     )
+    decoupled: bool = field(
+        default=False, metadata={"help": "Add the prefix outside the softmax: it takes no attention away."}
+    )
     init_weights: bool | str = field(
         default=True,
         metadata={"help": "True: the default start. False or 'random': unit standard deviation. 'zero': zeros."},
@@ -169,7 +176,7 @@ class PrefixPlusConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
-        for name in ("encoder_prefix", "cross_prefix", "gating"):
+        for name in ("encoder_prefix", "cross_prefix", "gating", "decoupled"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}.")
@@ -238,6 +245,15 @@ class PrefixPlusConfig(PeftConfig):
             raise ValueError(
                 f"`encoder_hidden_size` is {self.encoder_hidden_size}, but `reparameterization` is "
                 f"{self.reparameterization!r} and has no hidden layer. Use reparameterization='mlp' or leave it None."
+            )
+        if self.gating and self.decoupled:
+            raise ValueError(
+                "`gating` and `decoupled` are both True: a prefix has a gated softmax of its own or none. Choose one."
+            )
+        if self.decoupled and self.init_weights == "zero":
+            raise ValueError(
+                "`decoupled=True` with `init_weights='zero'` never learns: keys of zero pass no gradient to the values, "
+                "and values of zero none to the keys. Use init_weights=True, which starts the values alone at zero."
             )
         if self.gating and self.init_weights == "zero":
             raise ValueError(

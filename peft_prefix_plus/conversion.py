@@ -67,9 +67,7 @@ def flatten(model: nn.Module, adapter_name: str = "default") -> None:
     for name, layer in layers_with_adapter(model, adapter_name):
         key, value = prefixes[name]
         requires_grad = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
-        layer.replace_encoder(
-            adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad), scaling=1.0
-        )
+        layer.replace_encoder(adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad))
     remove_shared_parts(model, adapter_name)
     configs: Any = model.peft_config
     configs[adapter_name] = replace(

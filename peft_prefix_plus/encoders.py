@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+
+
+if TYPE_CHECKING:
+    from .config import PrefixPlusConfig
 
 
 class KVShape(NamedTuple):
@@ -26,16 +30,20 @@ class KVShape(NamedTuple):
         Split rows of keys and values, (tokens, size), into keys (heads, tokens, key_dim) and values (heads, tokens,
         value_dim).
         """
-        num_heads, key_dim, value_dim = self
-        key, value = flat.split([num_heads * key_dim, num_heads * value_dim], dim=-1)
+        keys, values = self.split_columns(flat)
         return (
-            key.unflatten(-1, (num_heads, key_dim)).transpose(0, 1),
-            value.unflatten(-1, (num_heads, value_dim)).transpose(0, 1),
+            keys.unflatten(-1, (self.num_heads, self.key_dim)).transpose(0, 1),
+            values.unflatten(-1, (self.num_heads, self.value_dim)).transpose(0, 1),
         )
 
+    def join(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Undo [`KVShape.split`]."""
+        return torch.cat([key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=-1)
 
-DEFAULT_STD = 0.02
-"""Standard deviation of a prefix started with `init_weights=True`."""
+    def split_columns(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split the columns of (rows, size) into those of the keys and those of the values, as views."""
+        return flat.split([self.num_heads * self.key_dim, self.num_heads * self.value_dim], dim=-1)
+
 
 SHARED_PARTS = {
     "none": (),
@@ -46,16 +54,56 @@ SHARED_PARTS = {
 """Which parts of the encoder the layers share, by `sharing`."""
 
 
-def target_std(init_weights: bool | str) -> float:
-    """The standard deviation of a prefix under `init_weights` (0 for zeros)."""
-    if init_weights == "zero":
-        return 0.0
-    return DEFAULT_STD if init_weights is True else 1.0
-
-
-class DirectEncoder(nn.Module):
+class PrefixEncoder(nn.Module):
     """
-    `reparameterization="none"`: the keys and values are the parameters.
+    What produces the prefix of one attention module:
+
+        P_K = scaling[0] · E_K            P_V = scaling[1] · E_V
+
+    where (E_K, E_V) are what `produce` makes of the parameters.
+
+    Args:
+        shape (`KVShape`): The shape of the attention module's keys and values.
+    """
+
+    scaling: torch.Tensor
+
+    def __init__(self, shape: KVShape) -> None:
+        super().__init__()
+        self.shape = shape
+        # A buffer, and saved: it may have been measured on the base model's weights as they were when training began.
+        self.register_buffer("scaling", torch.ones(2))
+
+    def parts(self) -> list[nn.Module]:
+        """The modules whose own parameters the prefix depends on."""
+        raise NotImplementedError
+
+    def own_parts(self) -> list[nn.Module]:
+        """This encoder, and the shared parts that no earlier layer uses."""
+        return [self]
+
+    def is_empty(self) -> bool:
+        """Whether the parameters have no memory yet, but wait for a checkpoint's."""
+        return any(parameter.is_meta for part in self.parts() for parameter in part.parameters())
+
+    def initialize_parameters(self, key_std: float, value_std: float) -> None:
+        """Fill the parameters that this layer owns at random, so that E_K and E_V have these standard deviations."""
+        raise NotImplementedError
+
+    def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return E_K (heads, tokens, key_dim) and E_V (heads, tokens, value_dim)."""
+        raise NotImplementedError
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
+        key, value = self.produce()
+        scaling = self.scaling.to(key.device)
+        return key * scaling[0], value * scaling[1]
+
+
+class DirectEncoder(PrefixEncoder):
+    """
+    `reparameterization="none"`: E_K and E_V are the parameters.
 
     Args:
         num_virtual_tokens (`int`): The length of the prefix.
@@ -63,35 +111,27 @@ class DirectEncoder(nn.Module):
     """
 
     def __init__(self, num_virtual_tokens: int, shape: KVShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
-    def parts(self) -> list[nn.Module]:
-        """The modules whose own parameters the prefix depends on."""
-        return [self]
-
-    def own_parts(self) -> list[nn.Module]:
-        """Those that this layer's encoder made."""
-        return [self]
-
     @classmethod
     def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
-        """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim)."""
-        encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2]))
+        """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), unscaled."""
+        encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2])).to(key.device, key.dtype)
         encoder.key, encoder.value = nn.Parameter(key), nn.Parameter(value)
         return encoder
 
-    @torch.no_grad()
-    def initialize_parameters(self, init_weights: bool | str) -> None:
-        std = target_std(init_weights)
-        self.key.normal_(std=std)
-        self.value.normal_(std=std)
+    def parts(self) -> list[nn.Module]:
+        return [self]
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
-        # copies: what shards a model may take the parameters themselves apart again as soon as this returns
-        return self.key.clone(), self.value.clone()
+    @torch.no_grad()
+    def initialize_parameters(self, key_std: float, value_std: float) -> None:
+        self.key.normal_(std=key_std)
+        self.value.normal_(std=value_std)
+
+    def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key, self.value
 
 
 class VirtualTokens(nn.Module):
@@ -106,11 +146,11 @@ class VirtualTokens(nn.Module):
         return self.weight.clone()
 
 
-class ProjectedEncoder(nn.Module):
+class ProjectedEncoder(PrefixEncoder):
     """
-    `reparameterization="linear"` or `"mlp"`: the keys and values are a projection of the learned input P'.
+    `reparameterization="linear"` or `"mlp"`: E_K and E_V are a projection of the learned input P'.
 
-        linear:  P = P' W_up            mlp:  P = W_2 act(W_1 P' + b_1) + b_2
+        linear:  E = P' W_up            mlp:  E = W_2 act(W_1 P' + b_1) + b_2
 
     Parts that layers share are modules of the model, not of a layer: encoders refer to them without registering them. So
     every parameter has one name, and a model that is sharded layer by layer keeps them whole while any layer runs.
@@ -135,8 +175,7 @@ class ProjectedEncoder(nn.Module):
         sharing: str,
         shared_parts: nn.ModuleDict,
     ) -> None:
-        super().__init__()
-        self.shape = shape
+        super().__init__(shape)
         self.activation = ACT2FN[activation] if hidden_size is not None else None
         # What is shared is looked up at each use: wrappers (FSDP's, of checkpointing) take a module's place in its parent.
         self._shared_parts = (shared_parts,)  # in a tuple: it must not become a child of each layer
@@ -168,41 +207,67 @@ class ProjectedEncoder(nn.Module):
         return [*self.children(), *map(self.part, self._shared)]
 
     def own_parts(self) -> list[nn.Module]:
-        """Those that this layer's encoder made: its own, and the shared ones that no earlier layer uses."""
-        return [*self.children(), *map(self.part, self._made)]
+        return [self, *(self.part(name) for name in self._made)]
 
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
         return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
 
     @torch.no_grad()
-    def initialize_parameters(self, init_weights: bool | str) -> None:
-        """Fill the parameters of [`own_parts`] so that the produced prefix has the standard deviation asked for."""
+    def initialize_parameters(self, key_std: float, value_std: float) -> None:
         for name in [name for name, _ in self.named_children()] + self._made:
             part = self.part(name)
             if isinstance(part, VirtualTokens):
-                part.weight.normal_()
+                # rows of norm 1: with greater ones a step of the projection would move the prefix further than of "none"
+                part.weight.normal_(std=part.weight.shape[1] ** -0.5)
             elif isinstance(part, nn.Linear):
                 if name == "hidden":
                     part.weight.normal_(std=part.in_features**-0.5)
                 else:
-                    part.weight.normal_(std=target_std(init_weights) / self._norm_of_activations(part.in_features))
+                    norm = self._norm_of_features(part.in_features)
+                    keys, values = self.shape.split_columns(part.weight.T)
+                    keys.normal_(std=key_std / norm)
+                    values.normal_(std=value_std / norm)
                 if part.bias is not None:
                     part.bias.zero_()
 
-    def _norm_of_activations(self, width: int) -> float:
+    def _norm_of_features(self, width: int) -> float:
         """The norm that what the output projection reads has at the start, on average."""
-        inputs = torch.randn(256, width)
-        if self.activation is not None:
-            inputs = self.activation(inputs)
-        return inputs.norm(dim=-1).square().mean().sqrt().item() or 1.0
+        if self.activation is None:
+            return 1.0
+        hidden = self.activation(torch.randn(256, width) * self.part("hidden").in_features ** -0.5)  # type: ignore[operator]
+        return float(hidden.norm(dim=-1).square().mean().sqrt()) or 1.0
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
+    def features(self) -> torch.Tensor:
+        """Return what the output projection reads, (tokens, width): P', or the MLP's hidden units."""
         produced = self.part("virtual_tokens")()
-        if self.activation is not None:
-            produced = self.activation(_apply(self.part("hidden"), produced))
-        return self.shape.split(_apply(self.part("output"), produced))
+        return produced if self.activation is None else self.activation(_apply(self.part("hidden"), produced))
+
+    def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.shape.split(_apply(self.part("output"), self.features()))
+
+
+def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
+    """
+    Return the encoder of one attention module, its parameters not yet filled.
+
+    Args:
+        config (`PrefixPlusConfig`): The adapter's configuration.
+        shape (`KVShape`): The shape of the attention module's keys and values.
+        shared_parts (`nn.ModuleDict`): The parts that the adapter's layers share; added to.
+    """
+    if config.reparameterization == "none":
+        return DirectEncoder(config.num_virtual_tokens, shape)
+    has_hidden_layer = config.reparameterization == "mlp"
+    return ProjectedEncoder(
+        config.num_virtual_tokens,
+        shape,
+        config.encoder_dim,
+        (config.encoder_hidden_size or config.encoder_dim) if has_hidden_layer else None,
+        config.encoder_activation,
+        config.sharing,
+        shared_parts,
+    )
 
 
 def _apply(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,8 @@ from .registration import METHOD_NAME
 PROBE_NAME = "prefix_plus_probe"
 """The name under which [`probe_attention`] is registered with transformers."""
 
-DECODER_TOKENS, ENCODER_TOKENS = 2, 3
-"""Lengths of the probe's inputs. They differ, so that lengths tell cross-attention and encoder from the decoder."""
+PROBE_TOKENS = 8
+"""How many tokens a probe's forward has, if nothing asks for more: enough to tell a standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class AttentionGeometry:
         kind (`str`): `"self"`, or in an encoder-decoder model `"encoder"` (its self-attention) or `"cross"`.
         shape (`KVShape`): Heads and dims of its keys and values.
         num_query_heads (`int`): Heads of its queries.
+        key (`torch.Tensor`): The keys of some tokens of the vocabulary, (kv_heads, tokens, key_dim).
+        value (`torch.Tensor`): Their values, (kv_heads, tokens, value_dim).
     """
 
     kind: str
     shape: KVShape
     num_query_heads: int
+    key: torch.Tensor = field(repr=False, compare=False)
+    value: torch.Tensor = field(repr=False, compare=False)
 
 
 def calls_attention_interface(module: nn.Module) -> bool:
@@ -188,7 +192,10 @@ def gathering(model: nn.Module) -> Iterator[None]:
 
 
 def probe(
-    model: nn.Module, wanted: Collection[str] = (), rejected: dict[str, str] | None = None
+    model: nn.Module,
+    wanted: Collection[str] = (),
+    rejected: dict[str, str] | None = None,
+    num_tokens: int = PROBE_TOKENS,
 ) -> dict[str, AttentionGeometry]:
     """
     Determine the geometry of the attention modules that a model's main input reaches, by one tiny forward.
@@ -202,6 +209,7 @@ def probe(
             that they belong to (a vision tower).
         rejected (`dict[str, str]`, *optional*): Filled with the modules that were reached and take a softmax in which a
             prefix cannot take part, and why not.
+        num_tokens (`int`): How many tokens the forward has at least.
 
     Returns:
         `dict[str, AttentionGeometry]`: By module name, in the model's order.
@@ -216,12 +224,13 @@ def probe(
 
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         kind = "self"
-        if is_encoder_decoder and query.shape[2] != DECODER_TOKENS:
+        if is_encoder_decoder and query.shape[2] != num_tokens:
             kind = "encoder"
-        elif is_encoder_decoder and key.shape[2] != DECODER_TOKENS:
+        elif is_encoder_decoder and key.shape[2] != num_tokens:
             kind = "cross"
         shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
-        found.setdefault(name, AttentionGeometry(kind, shape, query.shape[1]))
+        if name not in found:
+            found[name] = AttentionGeometry(kind, shape, query.shape[1], key[0], value[0])
 
     for prefix, submodel in _outermost_first(model):
         members = [name for name in modules if name.startswith(prefix)]
@@ -231,14 +240,14 @@ def probe(
         is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
         with recording(modules, record, rejected.__setitem__), evaluating(submodel), gathering(submodel):
             try:
-                submodel(**probe_inputs(submodel))
+                submodel(**probe_inputs(submodel, num_tokens))
             except Exception as error:
                 # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
                 # A wanted module may be reached through a submodel (CLIP's text model, where CLIP wants an image too).
                 if not wanted and not all(name in found or name in rejected for name in members):
                     raise ValueError(
                         f"Could not determine the shapes of the keys and values of {type(submodel).__name__}: a "
-                        f"forward with {sorted(probe_inputs(submodel))} failed ({type(error).__name__}: {error})."
+                        f"forward with {sorted(probe_inputs(submodel, num_tokens))} failed ({type(error).__name__}: {error})."
                     ) from error
 
     found = {name: geometry for name, geometry in found.items() if name not in rejected}
@@ -246,6 +255,24 @@ def probe(
     if unreached or not found:
         raise ValueError(_why_not_found(model, unreached, rejected))
     return {name: found[name] for name in modules if name in found}
+
+
+def spread(states: torch.Tensor) -> float:
+    """
+    The standard deviation that the numbers of a token have, as its median over tokens.
+
+    Not over all numbers: the first tokens of a text have values and keys of another order in many language models.
+
+    Args:
+        states (`torch.Tensor`): Keys or values, (kv_heads, tokens, dim).
+
+    Returns:
+        `float`: The spread; 1 for tensors on the meta device, and where there is none.
+    """
+    if states.is_meta:
+        return 1.0
+    std = states.transpose(0, 1).flatten(1).float().std(dim=-1).median().item()
+    return std if 0.0 < std < float("inf") else 1.0
 
 
 def _why_not_found(model: nn.Module, unreached: list[str], rejected: dict[str, str]) -> str:
@@ -284,21 +311,54 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in module.parameters()), None)
 
 
-def probe_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the smallest inputs that a model's forward takes, by its main input's name."""
+def probe_inputs(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
+    """
+    Return inputs for a model's forward, by name: tokens from all over the vocabulary, or noise.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        num_tokens (`int`): How many tokens a decoder gets. An encoder that it reads gets one more, so that lengths tell
+            cross-attention and encoder from the decoder. Pictures and sounds have the size that the model's config names.
+    """
     config, device = model.config, execution_device(model)
-    sizes = {"encoder": DECODER_TOKENS}
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
     inputs: dict[str, torch.Tensor] = {}
-    if getattr(config, "is_encoder_decoder", False):
-        sizes["encoder"] = ENCODER_TOKENS
-        inputs["decoder_input_ids"] = torch.ones(1, DECODER_TOKENS, dtype=torch.long, device=device)
+    if is_encoder_decoder:
+        inputs["decoder_input_ids"] = _different_tokens(model, num_tokens, device)
     if model.main_input_name == "pixel_values":
         size = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=device)
+        inputs["pixel_values"] = _noise((1, config.num_channels, height, width), model.dtype, device)
     elif model.main_input_name == "input_features":
         frames = 2 * config.max_source_positions
-        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames, dtype=model.dtype, device=device)
+        inputs["input_features"] = _noise((1, config.num_mel_bins, frames), model.dtype, device)
     else:
-        inputs["input_ids"] = torch.ones(1, sizes["encoder"], dtype=torch.long, device=device)
+        inputs["input_ids"] = _different_tokens(model, num_tokens + is_encoder_decoder, device)
+    if num_tokens > PROBE_TOKENS:
+        inputs.update(positions_before(model, num_tokens))
     return inputs
+
+
+def _different_tokens(model: PreTrainedModel, num_tokens: int, device: torch.device | None) -> torch.Tensor:
+    """Return token ids (1, num_tokens) spread evenly over the vocabulary."""
+    size = model.config.get_text_config().vocab_size
+    return (torch.arange(1, num_tokens + 1, device=device) * size // (num_tokens + 1))[None]
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    if device is not None and device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def positions_before(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
+    """
+    Return the argument that puts tokens at the positions from which a prefix acts: those before the first real one.
+
+    Keys that rotate by their position can have any: -num_tokens, …, -1. Positions that are learned, or looked up in a table,
+    begin at 0, and there is nothing to give.
+    """
+    has_rotary = any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
+    if not has_rotary or "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(-num_tokens, 0, device=execution_device(model))[None]}

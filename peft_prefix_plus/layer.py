@@ -20,10 +20,11 @@ from .attention import (
     require_complete,
     set_config,
 )
-from .encoders import DirectEncoder, ProjectedEncoder
+from .encoders import PrefixEncoder, make_encoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
 from .memo import Memo, Source
 from .registration import METHOD_NAME
+from .scaling import scale_and_start
 from .shared import PrefixPlusModule
 
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
-"""The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that have a gate."""
+"""The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that are added to its attention."""
 
 
 class PrefixPlusLayer(nn.Module, PrefixPlusModule):
@@ -43,7 +44,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     Per adapter, with the encoder of its reparameterization:
 
-        (P_K, P_V) = scaling · dropout(encoder())
+        (P_K, P_V) = dropout(encoder())
 
     Several active adapters' prefixes stand one after the other.
 
@@ -54,14 +55,14 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
-    other_param_names: tuple[str, ...] = ("scaling", "dropout")
+    other_param_names: tuple[str, ...] = ("dropout", "is_decoupled")
 
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
         self.prefix_plus_gate = nn.ParameterDict({})
-        self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.is_decoupled: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
         self.eager_attention = eager_attention_function(type(attention)) if is_interface else None
         # Set by `attach` where the attention module does not call the attention interface.
@@ -94,39 +95,28 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             geometry (`AttentionGeometry`): The attention module's geometry.
             shared_parts (`nn.ModuleDict`): Encoder parts that the adapter's layers share; added to.
         """
-        encoder: DirectEncoder | ProjectedEncoder
-        if config.reparameterization == "none":
-            encoder = DirectEncoder(config.num_virtual_tokens, geometry.shape)
-        else:
-            hidden_size = (
-                (config.encoder_hidden_size or config.encoder_dim) if config.reparameterization == "mlp" else None
-            )
-            encoder = ProjectedEncoder(
-                config.num_virtual_tokens,
-                geometry.shape,
-                config.encoder_dim,
-                hidden_size,
-                config.encoder_activation,
-                config.sharing,
-                shared_parts,
-            )
-        encoder.initialize_parameters(config.init_weights)
+        encoder = make_encoder(config, geometry.shape, shared_parts)
+        scale_and_start(encoder, config, geometry)
         self.prefix_plus_encoder[adapter_name] = encoder
         if config.gating:
             is_open = config.init_weights in (False, "random")
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
-        self.scaling[adapter_name] = 1.0 if config.prefix_scaling is None else float(config.prefix_scaling)
         self.dropout[adapter_name] = float(config.encoder_dropout)
+        self.is_decoupled[adapter_name] = config.decoupled
         dtypes = (parameter.dtype for parameter in self.attention.parameters() if parameter.is_floating_point())
         self._adapter_to(adapter_name, dtype=next(dtypes, None))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def replace_encoder(self, adapter_name: str, encoder: DirectEncoder, scaling: float) -> None:
-        """Let another encoder, and another factor on what it puts out, produce an adapter's prefix here."""
+    def encoder(self, adapter_name: str) -> PrefixEncoder:
+        """Return what produces an adapter's prefix here."""
+        encoder: Any = self.prefix_plus_encoder[adapter_name]
+        return encoder
+
+    def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
+        """Let another encoder produce an adapter's prefix here."""
         self._produced.clear()
         self.prefix_plus_encoder[adapter_name] = encoder
-        self.scaling[adapter_name] = scaling
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters that this layer made for an adapter (of those that share one, the first layer made it)."""
@@ -138,14 +128,11 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def _own_parts(self, adapter_name: str) -> list[nn.Module]:
         if adapter_name not in self.prefix_plus_encoder:
             return []
-        encoder: Any = self.prefix_plus_encoder[adapter_name]
-        return encoder.own_parts()
+        return self.encoder(adapter_name).own_parts()
 
     def prefix_key_value(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return an adapter's keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), before dropout."""
-        key, value = self.prefix_plus_encoder[adapter_name]()
-        scaling = self.scaling[adapter_name]
-        return (key, value) if scaling == 1.0 else (key * scaling, value * scaling)
+        return self.prefix_plus_encoder[adapter_name]()
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         """
@@ -156,7 +143,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             value (`torch.Tensor`): The real values, (batch, kv_heads, kv_tokens, value_dim).
 
         Returns:
-            `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that have a gate.
+            `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that are added to its attention.
         """
         if self._disable_adapters:
             return None, ()
@@ -184,20 +171,20 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
 
     def _sources(self, adapter_names: list[str]) -> Iterator[Source]:
-        """The parameters that the adapters' prefixes here depend on, shared ones included."""
+        """The parameters and buffers that the adapters' prefixes here depend on, shared ones included."""
         for adapter_name in self._present(adapter_names):
-            encoder: Any = self.prefix_plus_encoder[adapter_name]
+            encoder = self.encoder(adapter_name)
             for part in encoder.parts():
                 yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
+            yield encoder._buffers, "scaling"
             if adapter_name in self.prefix_plus_gate:
                 yield self.prefix_plus_gate._parameters, adapter_name
 
     def _produce(self, adapter_names: list[str], key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         prefixes = [self._prefix(name, key.shape[0]).to(key, value) for name in self._present(adapter_names)]
-        joined = [prefix for prefix in prefixes if prefix.gate is None]
-        return concatenated(joined) if joined else None, tuple(
-            prefix for prefix in prefixes if prefix.gate is not None
-        )
+        joint = [prefix for prefix in prefixes if prefix.is_joint]
+        added = tuple(prefix for prefix in prefixes if not prefix.is_joint)
+        return concatenated(joint) if joint else None, added
 
     def _prefix(self, adapter_name: str, batch: int) -> Prefix:
         """Return an adapter's prefix, masked for the rows of a batch that have another adapter."""
@@ -215,7 +202,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             # generation repeats each row of the input for its beams and returned sequences
             rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
             mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
-        return Prefix(key, value, mask, self.prefix_plus_gate.get(adapter_name))
+        return Prefix(key, value, mask, self.prefix_plus_gate.get(adapter_name), self.is_decoupled[adapter_name])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""

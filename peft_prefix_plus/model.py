@@ -18,10 +18,12 @@ from torch import nn
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
 from .encoders import SHARED_PARTS
+from .fitting import fit, repeated
 from .geometry import calls_attention_interface
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .registration import METHOD_NAME
+from .scaling import starts_from_activations
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
 from .targets import Selection, select_modules, select_saved_modules, warn_of_impossible
@@ -110,6 +112,7 @@ class PrefixPlusModel(BaseTuner):
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             _check_adapter_name(model, adapter_name)
+            self._start_from_activations(model, adapter_name)
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
         except BaseException:
@@ -120,6 +123,22 @@ class PrefixPlusModel(BaseTuner):
             config.target_modules = target_modules  # PEFT shortens a long list of names to a set
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
+
+    def _start_from_activations(self, model: nn.Module, adapter_name: str) -> None:
+        """Let the prefix start from the base model's own keys and values, if its configuration says so."""
+        config: Any = self.peft_config[adapter_name]
+        encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
+        if not starts_from_activations(config) or any(encoder.is_empty() for encoder in encoders.values()):
+            return  # empty: built to be filled by a checkpoint
+        assert self._selection is not None
+        length, keeps_values = config.num_virtual_tokens, not config.decoupled
+        fit(
+            encoders,
+            {
+                name: (repeated(geometry.key, length), repeated(geometry.value, length) * keeps_values)
+                for name, geometry in self._selection.modules.items()
+            },
+        )
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # The model before the adapters whose weights are being loaded, to go back to if they do not fit.

@@ -13,8 +13,9 @@ from torch import nn
 
 from .attention import UNSUPPORTED
 from .config import PrefixPlusConfig
-from .geometry import AttentionGeometry, attention_modules, probe
+from .geometry import PROBE_TOKENS, AttentionGeometry, attention_modules, probe
 from .registration import METHOD_NAME
+from .scaling import starts_from_activations
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     excluded = [name for name in candidates if config.exclude_modules and _matches(config.exclude_modules, name)]
     named = [name for name in named if name not in excluded]
     rejected: dict[str, str] = {}
-    geometries = probe(model, named, rejected)
+    geometries = probe(model, named, rejected, _num_probe_tokens(config))
     chosen = [name for name in geometries if name not in excluded] if targets is None else named
     if not chosen:
         raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
@@ -97,8 +98,7 @@ def select_saved_modules(
 
     Args:
         model (`nn.Module`): The model, which is left as it is.
-        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` no module has parameters of its own, and
-            the configuration says which modules have the prefix.
+        config (`PrefixPlusConfig`): The configuration.
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; only its keys are used.
 
     Raises:
@@ -108,8 +108,6 @@ def select_saved_modules(
     is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)\.")
     matches = [match for match in map(is_parameter.match, state_dict) if match is not None]
     saved = {match["module"] for match in matches if match["container"] != "shared"}
-    if matches and config.reparameterization != "none" and config.sharing == "all":
-        saved.update(select_modules(model, config).modules)
     unknown = sorted(saved.difference(candidates))
     if unknown or not saved:
         found = f"parameters of {unknown[0]}" if unknown else "no parameters of a PREFIX_PLUS adapter"
@@ -117,8 +115,13 @@ def select_saved_modules(
             f"The `state_dict` has {found}; the attention modules of {type(model).__name__} are "
             f"{_examples(candidates)}. Pass the state dict of an adapter that was saved from the same base model."
         )
-    geometries = probe(model, wanted=saved)
+    geometries = probe(model, wanted=saved, num_tokens=_num_probe_tokens(config))
     return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset(), {})
+
+
+def _num_probe_tokens(config: PrefixPlusConfig) -> int:
+    """How many of the base model's own keys and values the adapter's start needs."""
+    return max(PROBE_TOKENS, config.num_virtual_tokens if starts_from_activations(config) else 0)
 
 
 def _candidates(model: nn.Module) -> list[str]:

@@ -19,10 +19,10 @@ from .prefix import Prefix
 from .reference import (
     AttentionFunction,
     AttentionOutput,
+    added_attention,
     concatenated_attention,
     concatenated_flash_attention,
     finite_additive,
-    gated_attention,
     is_causal_call,
 )
 
@@ -138,7 +138,7 @@ def prefix_attention(
     """
     layer = module.prefix_plus
     implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
-    prefix, gated_prefixes = layer(key, value)
+    prefix, added_prefixes = layer(key, value)
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
@@ -147,8 +147,8 @@ def prefix_attention(
         output, weights = _attend_with_prefix(
             implementation, eager, module, query, key, value, attention_mask, prefix, kwargs
         )
-    for gated in gated_prefixes:
-        output = output + gated_attention(query, gated, kwargs.get("scaling")).reshape(output.shape)
+    for added in added_prefixes:
+        output = output + added_attention(query, added, kwargs.get("scaling")).reshape(output.shape)
     return output, weights
 
 

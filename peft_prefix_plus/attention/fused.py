@@ -54,7 +54,7 @@ def fused_attention(
         mask: Additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens), or `None`.
         is_causal: Whether a query sees the key of its own index and those before it; only without a mask.
         scale: s.
-        prefix: The prefix, without a gate, in the dtype of the keys and values.
+        prefix: The prefix, a joint one, in the dtype of the keys and values.
 
     Returns:
         Shape (batch, tokens, query_heads, value_dim), contiguous.

@@ -23,11 +23,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .prefix import Prefix
-from .reference import concatenated_attention, finite_additive, gated_attention
+from .reference import added_attention, concatenated_attention, finite_additive
 
 
 PrefixSource = Callable[[torch.Tensor, torch.Tensor], tuple[Prefix | None, tuple[Prefix, ...]]]
-"""Called with keys (batch, kv_heads, kv_tokens, key_dim) and values: the joined prefix, and those with a gate."""
+"""Called with keys (batch, kv_heads, kv_tokens, key_dim) and values: the joint prefix, and those added to it."""
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
 """What attention modules call the number of their query heads."""
@@ -98,13 +98,13 @@ class Probabilities:
         scores (`Scores`): The scores.
         of_prefix (`torch.Tensor`, *optional*): Probabilities of the prefix, (…, tokens, prefix_tokens).
         prefix (`Prefix`, *optional*): The prefix that shares the softmax with the real tokens.
-        gated (`tuple[Prefix, ...]`): The prefixes with a softmax of their own.
+        added (`tuple[Prefix, ...]`): The prefixes that do not share its softmax.
     """
 
     scores: Scores
     of_prefix: torch.Tensor | None = None
     prefix: Prefix | None = None
-    gated: tuple[Prefix, ...] = ()
+    added: tuple[Prefix, ...] = ()
 
 
 @cache
@@ -242,7 +242,7 @@ class InlineAttention(TorchFunctionMode):
         if not isinstance(state, Scores) or dim not in (-1, scores.dim() - 1):
             return func(scores, *rest, **kwargs)
         key = self._heads_apart(state.key).transpose(-1, -2)
-        prefix, gated = (None, ()) if self.source is None else self.source(key, key)
+        prefix, added = (None, ()) if self.source is None else self.source(key, key)
         of_prefix = None
         if prefix is None:
             of_real = func(scores, *rest, **kwargs)
@@ -251,7 +251,7 @@ class InlineAttention(TorchFunctionMode):
             length = prefix_scores.shape[-1]
             of_all = func(torch.cat([prefix_scores, scores], dim=-1), *rest, **kwargs)
             of_prefix, of_real = of_all[..., :length], of_all[..., length:]
-        self._remember(of_real, Probabilities(state, of_prefix, prefix, gated))
+        self._remember(of_real, Probabilities(state, of_prefix, prefix, added))
         return of_real
 
     def _prefix_scores(self, state: Scores, prefix: Prefix, scores: torch.Tensor) -> torch.Tensor:
@@ -273,8 +273,8 @@ class InlineAttention(TorchFunctionMode):
             probabilities = state.of_prefix.reshape(*query.shape[:-1], -1)
             attended = probabilities @ state.prefix.value.to(probabilities.dtype)
             output = output + attended.to(output.dtype).reshape(output.shape)
-        for gated in state.gated:
-            attended = gated_attention(query, gated.to(query, value), state.scores.scale).transpose(1, 2)
+        for added in state.added:
+            attended = added_attention(query, added.to(query, value), state.scores.scale).transpose(1, 2)
             output = output + attended.to(output.dtype).reshape(output.shape)
         return output
 
@@ -293,7 +293,7 @@ class InlineAttention(TorchFunctionMode):
         """The formula in one call, (batch, heads, tokens, dim): with a prefix, by concatenation."""
         self.num_softmaxes += 1
         self.attended.append((query, key, value))
-        prefix, gated_prefixes = (None, ()) if self.source is None else self.source(key, value)
+        prefix, added_prefixes = (None, ()) if self.source is None else self.source(key, value)
 
         def attend(module: nn.Module, *tensors: torch.Tensor | None, is_causal: bool = False) -> Any:
             return func(*tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs), None
@@ -308,8 +308,8 @@ class InlineAttention(TorchFunctionMode):
                 lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix,
                 **causal_mask,
             )[0]  # fmt: skip
-        for gated in gated_prefixes:
-            output = output + gated_attention(query, gated, scale).transpose(1, 2)
+        for added in added_prefixes:
+            output = output + added_attention(query, added, scale).transpose(1, 2)
         return output
 
     def _heads_apart(self, tensor: torch.Tensor) -> torch.Tensor:

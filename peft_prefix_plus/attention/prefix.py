@@ -20,12 +20,19 @@ class Prefix:
             when every row sees every position.
         gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
             tanh(gate) times its attention is added to that of the base model.
+        is_decoupled (`bool`): Whether the prefix is added to the base model's attention without a softmax.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    is_decoupled: bool = False
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the prefix shares a softmax with the real tokens."""
+        return self.gate is None and not self.is_decoupled
 
     def to(self, key: torch.Tensor, value: torch.Tensor) -> Prefix:
         """Bring the prefix to the dtype and device of the real keys and values."""
@@ -34,6 +41,7 @@ class Prefix:
             value=self.value.to(value.device, value.dtype),
             mask=None if self.mask is None else self.mask.to(key.device),
             gate=None if self.gate is None else self.gate.to(value.device, value.dtype),
+            is_decoupled=self.is_decoupled,
         )
 
 

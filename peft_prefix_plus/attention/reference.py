@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
 from .prefix import Prefix
 
@@ -39,7 +40,7 @@ def concatenated_attention(
         key: Shape (batch, kv_heads, kv_tokens, key_dim).
         value: Shape (batch, kv_heads, kv_tokens, value_dim).
         attention_mask: Shape (1 or batch, 1 or query_heads, tokens, kv_tokens), bool or additive, or `None`.
-        prefix: The prefix, without a gate.
+        prefix: The prefix, a joint one.
         kwargs: Passed on. A `position_bias` is zero for the prefix.
 
     Returns:
@@ -128,28 +129,32 @@ def finite_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.to(dtype).clamp(min=lowest)
 
 
-def gated_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
+def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
     """
-    tanh(gate) · softmax(s · Q P_Kᵀ) P_V, the part that a gated prefix adds to the base model's attention.
+    What a prefix that does not share a softmax with the real tokens adds to the base model's attention.
 
-    See LLaMA-Adapter (arXiv 2303.16199), section 3.2.
+        with a gate:  tanh(gate) · softmax(s · Q P_Kᵀ) P_V          decoupled:  silu(s · Q P_Kᵀ) P_V
+
+    See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and Prefix-Tuning+ (arXiv 2506.13674), which takes the prefix out of
+    the softmax as well.
 
     Args:
         query: Shape (batch, query_heads, tokens, key_dim).
-        prefix: A prefix with a gate.
+        prefix: A prefix that is not joint.
         scaling: s; `None` means key_dim ** -0.5.
 
     Returns:
         Shape (batch, tokens, query_heads, value_dim).
     """
-    assert prefix.gate is not None
     grouped = query.unflatten(1, (prefix.key.shape[0], -1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = grouped @ prefix.key.unsqueeze(1).transpose(-1, -2) * scale
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    attended = (weights @ prefix.value.unsqueeze(1)).flatten(1, 2)
-    gate = prefix.gate.tanh()[None, :, None, None]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = silu(scores) if prefix.gate is None else scores.softmax(dim=-1)
+    attended = (weights.to(query.dtype) @ prefix.value.unsqueeze(1)).flatten(1, 2)
+    if prefix.gate is not None:
+        attended = attended * prefix.gate.tanh()[None, :, None, None]
     if prefix.mask is not None:
-        # a gated adapter is the whole of a row's prefix or no part of it
-        gate = gate * prefix.mask.any(dim=-1)[:, None, None, None]
-    return (attended * gate).transpose(1, 2)
+        # such an adapter is the whole of a row's prefix or no part of it
+        attended = attended * prefix.mask.any(dim=-1)[:, None, None, None]
+    return attended.transpose(1, 2)

@@ -1,0 +1,62 @@
+"""The scale on which a prefix is learned, and its start at random.
+
+Adam moves a parameter by about the learning rate per step, whatever its gradient. Keys and values are numbers around 1, and
+a prefix learns best when it moves by a good part of that per step, values more than keys. A prefix that is itself the
+parameter therefore needs rates of 0.1 and more. Here a parameter of 1 stands for many standard deviations of the module's own
+keys or values, so that the rates which people use for LoRA are right for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .encoders import PrefixEncoder
+from .geometry import spread
+
+
+if TYPE_CHECKING:
+    from .config import PrefixPlusConfig
+    from .geometry import AttentionGeometry
+
+
+JOINT_SCALES = 64.0, 512.0
+DECOUPLED_SCALES = 32.0, 64.0
+"""Standard deviations of the base model's keys, and values, that a parameter of 1 stands for with `prefix_scaling=None`, by
+whether the prefix has a softmax. Measured: docs/quality.md."""
+
+
+def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: AttentionGeometry) -> None:
+    """
+    Set an encoder's scale, and fill the parameters that it owns at random.
+
+    The prefix starts the same under every `prefix_scaling`, but for the random numbers.
+
+    Args:
+        encoder (`PrefixEncoder`): The encoder of one attention module.
+        config (`PrefixPlusConfig`): Its adapter's configuration.
+        geometry (`AttentionGeometry`): The attention module's geometry.
+    """
+    stds = (spread(geometry.key), spread(geometry.value))
+    if config.prefix_scaling is None:
+        scales = DECOUPLED_SCALES if config.decoupled else JOINT_SCALES
+        scaling = [scale * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
+    else:
+        scaling = [config.prefix_scaling] * 2
+    encoder.scaling.copy_(encoder.scaling.new_tensor(scaling))
+    key_std, value_std = (std / factor for std, factor in zip(stds, scaling, strict=True))
+    if config.init_weights == "zero":
+        key_std = value_std = 0.0
+    elif config.decoupled and config.init_weights is True:
+        value_std = 0.0
+    encoder.initialize_parameters(key_std, value_std)
+
+
+def starts_from_activations(config: PrefixPlusConfig) -> bool:
+    """Whether a configuration's prefix starts from the base model's own keys, and values."""
+    return config.init_weights == "activations" or (config.decoupled and config.init_weights is True)
+
+
+def _power_of_two(number: float) -> float:
+    """The power of two next to a number: products with it round nothing, so that scaling loses nothing."""
+    return 2.0 ** round(math.log2(number)) if number > 0 and math.isfinite(number) else 1.0
