@@ -56,6 +56,7 @@ class Settings:
     vocab_size: int
     prefix: int
     rounds: int
+    batches: tuple[int, ...]
 
     def base(self) -> LlamaForCausalLM:
         config = LlamaConfig(
@@ -211,10 +212,14 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
     return table
 
 
-def inference_tables(settings: Settings, progress: Progress) -> Table:
-    table = new_table("Inference", "case", "method", "ms", "middle half", "ratio")
+def evaluated(settings: Settings) -> dict[str, PreTrainedModel]:
+    """A model of every method, for inference."""
     base = settings.base()
-    methods = {method: wrap(settings, method, base).eval() for method in (BASELINE, "PREFIX_PLUS", "LoRA", "bare")}
+    return {method: wrap(settings, method, base).eval() for method in (BASELINE, "PREFIX_PLUS", "LoRA", "bare")}
+
+
+def prefill_table(settings: Settings, progress: Progress) -> Table:
+    table = new_table("Prefill", "case", "method", "ms", "middle half", "ratio")
     ids = settings.ids(1, 2048)
 
     def prefill(model: PreTrainedModel) -> Step:
@@ -224,9 +229,15 @@ def inference_tables(settings: Settings, progress: Progress) -> Table:
 
         return step
 
-    steps = {method: prefill(model) for method, model in methods.items()}
-    timing_rows(table, "prefill, 2048 tokens", interleave(settings, steps, progress, "prefill"))
-    for batch in (1, 8):
+    steps = {method: prefill(model) for method, model in evaluated(settings).items()}
+    timing_rows(table, "2048 tokens", interleave(settings, steps, progress, "prefill"))
+    return table
+
+
+def decode_table(settings: Settings, progress: Progress) -> Table:
+    table = new_table("Decoding", "case", "method", "ms", "middle half", "ratio")
+    models = evaluated(settings)
+    for batch in settings.batches:
         prompt = settings.ids(batch, 64)
 
         def decode(model: PreTrainedModel, prompt: torch.Tensor = prompt) -> Step:
@@ -242,8 +253,8 @@ def inference_tables(settings: Settings, progress: Progress) -> Table:
 
             return step
 
-        steps = {method: decode(model) for method, model in methods.items()}
-        name = f"decode, 256 tokens, batch {batch}"
+        steps = {method: decode(model) for method, model in models.items()}
+        name = f"256 tokens, batch {batch}"
         seconds = interleave(settings, steps, progress, name)
         timing_rows(table, name, seconds)
         rate = batch * 256 / statistics.median(seconds["PREFIX_PLUS"])
@@ -290,7 +301,8 @@ def storage_table(settings: Settings, progress: Progress) -> Table:
 TABLES = {
     "train": train_table,
     "memory": memory_table,
-    "inference": inference_tables,
+    "prefill": prefill_table,
+    "decode": decode_table,
     "length": length_table,
     "storage": storage_table,
 }
@@ -305,6 +317,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--prefix", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of the decode table")
     arguments = parser.parse_args()
     settings = Settings(
         arguments.shape,
@@ -313,6 +326,7 @@ def main() -> None:
         arguments.vocab_size,
         arguments.prefix,
         arguments.rounds,
+        tuple(arguments.batches),
     )
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -147,16 +147,17 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         """
         if self._disable_adapters:
             return None, ()
-        adapter_names = self._adapters_in_use()
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._produced.clear()
-            return self._produce(adapter_names, key, value)
-        rows = None if self.row_adapters is None else key.shape[0]
-        return self._produced.get(
-            (tuple(adapter_names), rows, key.dtype, key.device, value.dtype, value.device),
-            lambda: self._sources(adapter_names),
-            lambda: self._produce(adapter_names, key, value),
-        )
+            return self._produce(self._adapters_in_use(), key, value)
+        # the active adapters are no part of it: setting them clears what was produced
+        rows = None if self.row_adapters is None else (key.shape[0], *self.row_adapters)
+        context = (rows, key.dtype, value.dtype, key.is_cpu, key.get_device())
+        produced = self._produced.recall(context)
+        if produced is None:
+            names = self._adapters_in_use()
+            produced = self._produced.keep(context, self._sources(names), self._produce(names, key, value))
+        return produced
 
     def has_prefix(self) -> bool:
         """Whether a prefix takes part in the next forward."""

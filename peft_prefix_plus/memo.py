@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,36 +31,44 @@ class Memo(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._context: Hashable = None
-        self._seen: list[tuple[Source, torch.Tensor, int, int]] | None = None
+        self._context: Any = None
+        self._seen: list[tuple[Mapping[str, Any], str, torch.Tensor, int, int]] = []
         self._value: T | None = None
 
     def clear(self) -> None:
         """Forget the value."""
-        self._context = self._seen = self._value = None
+        self._context = self._value = None
+        self._seen = []
 
-    def get(self, context: Hashable, sources: Callable[[], Iterable[Source]], produce: Callable[[], T]) -> T:
+    def recall(self, context: Any) -> T | None:
         """
-        Return what `produce` returned when the context and the sources were last as they are now.
+        Return the kept value if the context and the parameters are as they were then, and else `None`.
 
         Args:
-            context: What else the value depends on, the list of its sources included.
-            sources: Lists the parameters that the value depends on, as the dictionaries that hold them and their names there.
-            produce: Makes the value.
+            context: What else the value depends on, the list of its parameters included; compared by `==`.
         """
-        if self._seen is not None and context == self._context:
-            for (holder, name), tensor, version, address in self._seen:
-                # this runs for every token and layer, hence plain comparisons and no hash
-                if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                    break
-            else:
-                return self._value  # type: ignore[return-value]
-        value = produce()
-        tensors = [((holder, name), holder[name]) for holder, name in sources()]
-        if _may_be_sharded() or any(tensor.is_inference() for _, tensor in tensors):
+        # this runs for every token and layer, hence plain comparisons in one loop
+        if self._value is None or context != self._context:
+            return None
+        for holder, name, tensor, version, address in self._seen:
+            if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return None
+        return self._value
+
+    def keep(self, context: Any, sources: Iterable[Source], value: T) -> T:
+        """
+        Keep a value for [`Memo.recall`], and return it.
+
+        Args:
+            context: As for [`Memo.recall`].
+            sources: The parameters that the value depends on, as the dictionaries that hold them and their names there.
+            value: The value.
+        """
+        tensors = [(holder, name, holder[name]) for holder, name in sources]
+        if _may_be_sharded() or any(tensor.is_inference() for _, _, tensor in tensors):
             self.clear()  # tensors made in inference mode have no version
         else:
-            self._seen = [(source, tensor, tensor._version, tensor.data_ptr()) for source, tensor in tensors]
+            self._seen = [(*source, source[2]._version, source[2].data_ptr()) for source in tensors]
             self._context, self._value = context, value
         return value
 

@@ -51,19 +51,18 @@ class Attention(torch.nn.Module):
         if prefixes:
             mask = prefixes[0].mask
             joined = Prefix(torch.cat([p.key for p in prefixes], 1), torch.cat([p.value for p in prefixes], 1), mask)
-        prefix_layer = types.SimpleNamespace(eager_attention=eager_attention_forward)
-        self.prefix_plus = _Layer(lambda key, value: (joined and joined.to(key, value), ()), prefix_layer)
+        self.prefix_plus = _Layer(lambda key, value: (joined and joined.to(key, value), ()))
 
     def attend(self, query, key, value, mask=None, **kwargs):
         return dispatch.prefix_attention(self, query, key, value, mask, **kwargs)
 
 
-class _Layer:
-    def __init__(self, forward, attributes):
-        self.forward, self.eager_attention = forward, attributes.eager_attention
+class _Layer(torch.nn.Module):
+    """As much of a [`PrefixPlusLayer`] as the dispatch sees: a child module with these two attributes."""
 
-    def __call__(self, key, value):
-        return self.forward(key, value)
+    def __init__(self, forward):
+        super().__init__()
+        self.forward, self.eager_attention = forward, eager_attention_forward
 
 
 def tensors(tokens=7, kv_tokens=None, key_dim=DIM, value_dim=DIM, dtype=torch.float32, prefixes=1, seed=0):
@@ -307,6 +306,25 @@ def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
     assert (
         dispatch.why_concatenate("sdpa", query, key, None, {"dropout": 0.0, "softcap": None, "scaling": 2.0}) is None
     )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_with_torch_jit_takes_the_concatenating_way(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the fused way was traced")
+
+    query, key, value, made = tensors(7)
+    module = Attention("sdpa", made)
+
+    def attend(query, key, value):
+        return module.attend(query, key, value, scaling=0.3)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "fused_attention", refuse)
+        traced = torch.jit.trace(attend, (query, key, value), check_trace=False)
+    query, key, value, _ = tensors(11, seed=1)
+    expected = formula(query, key, value, made, 0.3, causal(11, 11))
+    torch.testing.assert_close(traced(query, key, value).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_autocast_is_followed_as_sdpa_follows_it(way):

@@ -142,6 +142,15 @@ def test_a_moved_model_is_seen_at_once():
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
+def test_another_batch_size_is_seen_at_once(first, second):
+    model = adapted()
+    expected = {batch: torch.cat([copy.deepcopy(model)(row[None]).logits for row in IDS[:batch]]) for batch in (1, 2)}
+    with torch.no_grad():
+        for batch in (first, second):
+            torch.testing.assert_close(model(IDS[:batch]).logits, expected[batch], rtol=0, atol=1e-5)
+
+
 def test_training_goes_on_after_inference_mode():
     model = adapted()
     with torch.inference_mode():

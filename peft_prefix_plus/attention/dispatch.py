@@ -96,17 +96,16 @@ def why_concatenate(
     """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
     if implementation != "sdpa":
         return "another implementation than sdpa"
-    for name, reason in EXCLUDING_ARGUMENTS.items():
-        value = kwargs.get(name)
-        if value is not None and value is not False and not (isinstance(value, (int, float)) and value == 0):
-            return reason
+    for name, value in kwargs.items():
+        if name in EXCLUDING_ARGUMENTS and not (value is None or (isinstance(value, (int, float)) and value == 0)):
+            return EXCLUDING_ARGUMENTS[name]
     if mask is not None and mask.requires_grad:
         return "a learned mask"
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (query.shape[2], key.shape[2])):
         return "a mask that is not (batch, heads, tokens, kv_tokens)"
-    if query.shape[0] != key.shape[0]:
-        return "queries broadcast over the keys' batch"
-    return "tracing with torch.jit" if torch.jit.is_tracing() else None
+    if isinstance(query.shape[0], torch.Tensor):
+        return "tracing with torch.jit"
+    return "queries broadcast over the keys' batch" if query.shape[0] != key.shape[0] else None
 
 
 def prefix_attention(
@@ -136,12 +135,18 @@ def prefix_attention(
         The output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch, query_heads, tokens,
         prefix_tokens + kv_tokens), where the implementation returns them.
     """
-    layer = module.prefix_plus
+    # In decoding this runs for every token and layer. `module.prefix_plus` is a search in Python that ends in `_modules`, and
+    # `layer(key, value)` looks for hooks first: both take as long as one of the operations below.
+    layer = module._modules["prefix_plus"]
     implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
-    prefix, added_prefixes = layer(key, value)
+    prefix, added_prefixes = layer.forward(key, value)
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
+        )
+    elif implementation == "sdpa" and "cache" not in kwargs:
+        output, weights = _merge_or_concatenate(
+            implementation, eager, module, query, key, value, attention_mask, prefix, kwargs
         )
     else:
         output, weights = _attend_with_prefix(
@@ -188,12 +193,27 @@ def _attend_with_prefix(
         implementation = family = "eager" if is_special else "sdpa"
         if is_special and mask is not None:
             mask = finite_additive(mask, query.dtype)
+    return _merge_or_concatenate(implementation, eager, module, query, key, value, mask, prefix, kwargs)
+
+
+def _merge_or_concatenate(
+    implementation: str,
+    eager: AttentionFunction,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    prefix: Prefix,
+    kwargs: dict[str, Any],
+) -> AttentionOutput:
+    """Attend, the prefix being that of eager attention or sdpa, by whichever way computes it."""
     if why_concatenate(implementation, query, key, mask, kwargs) is None:
         output = _fused_sdpa(module, query, key, value, mask, prefix, kwargs)
         if output is not None:
             return output, None
     attend = partial(attend_as_base, implementation=implementation, eager=eager)
-    none_is_causal = family == "sdpa"
+    none_is_causal = implementation == "sdpa"
     return concatenated_attention(attend, none_is_causal, module, query, key, value, mask, prefix, **kwargs)
 
 
@@ -207,7 +227,8 @@ def _fused_sdpa(
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """Compute what transformers' sdpa computes on the concatenated keys and values, or return `None` without a kernel."""
-    device = query.device.type
+    # `query.device.type` makes its string anew each time, which takes longer than an operation on a token's tensors
+    device = "cpu" if query.is_cpu else query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -216,7 +237,7 @@ def _fused_sdpa(
         # the first pass over an empty static cache: its unused rest comes after the last query
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     # one kernel serves both parts, and so must take the masks of both
-    kernel = find_kernel(query, key, value, prefix.mask if mask is None else mask, is_causal)
+    kernel = find_kernel(device, query, key, value, prefix.mask if mask is None else mask, is_causal)
     if kernel is None:
         return None
     if mask is not None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .kernels import AttentionKernel, KernelInputs
+from .kernels import AttentionKernel
 from .prefix import Prefix
 from .reference import finite_additive
 
@@ -59,35 +59,38 @@ def fused_attention(
     Returns:
         Shape (batch, tokens, query_heads, value_dim), contiguous.
     """
-    call = _Call(kernel, mask, is_causal, scale, prefix.mask)
     inputs = (query, key, value, prefix.key, prefix.value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        output = _FusedAttention.apply(*inputs, call)
+        output = _FusedAttention.apply(*inputs, _Call(kernel, mask, is_causal, scale, prefix.mask))
     else:
-        output = _infer(*inputs, call)
+        output = _infer(kernel, query, key, value, mask, is_causal, scale, prefix)
     return output.transpose(1, 2).contiguous()
 
 
 def _infer(
+    kernel: AttentionKernel,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    call: _Call,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    prefix: Prefix,
 ) -> torch.Tensor:
     """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
-    rows = (query.shape[0], -1, -1, -1)
-    prefix_key, prefix_value = prefix_key.expand(rows), prefix_value.expand(rows)  # one for all rows, without a copy
-    mask = call.prefix_mask
-    if mask is not None:
-        mask = finite_additive(mask[:, None, None, :].expand(-1, -1, query.shape[2], -1), query.dtype)
+    prefix_key, prefix_value, prefix_mask = prefix.for_rows(query.shape[0])
+    width = value.shape[-1]
+    is_narrow = width != key.shape[-1]
+    if is_narrow:
+        value, prefix_value = _widened(value, key), _widened(prefix_value, prefix_key)
+    if prefix_mask is not None:
+        prefix_mask = finite_additive(prefix_mask.expand(-1, -1, query.shape[2], -1), query.dtype)
     # the kernels are no operations that autocast knows of
-    output, lse, _ = call.kernel.forward(_real_inputs(query, key, value, call))
-    prefix_inputs = KernelInputs(query, prefix_key, _widened(prefix_value, prefix_key), mask, False, call.scale)
-    attended, prefix_lse, _ = call.kernel.forward(prefix_inputs)
+    output, lse, _ = kernel.forward(query, key, value, mask, is_causal, scale)
+    attended, prefix_lse, _ = kernel.forward(query, prefix_key, prefix_value, prefix_mask, False, scale)
     weight = prefix_lse.sub_(lse).sigmoid_().unsqueeze(-1)
-    return _narrowed(output.lerp_(attended, _cast(weight, output.dtype)), value)
+    output = output.lerp_(attended, _cast(weight, output.dtype))
+    return output[..., :width] if is_narrow else output
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -103,7 +106,7 @@ class _FusedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
-            output, lse, state = call.kernel.forward(_real_inputs(query, key, value, call))
+            output, lse, state = call.kernel.forward(*_real_inputs(query, key, value, call))
             output = _narrowed(output, value)
             # the attention over X takes part in the softmax over P as one more position, with its log-sum-exp for a score
             scores = torch.cat([_prefix_scores(query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
@@ -129,8 +132,8 @@ class _FusedAttention(torch.autograd.Function):
         with _without_autocast(query.device.type):
             if needs_query or needs_key or needs_value:
                 grad_query, grad_key, grad_value = call.kernel.backward(
-                    _real_inputs(query, key, value, call),
                     _widened(grad_output, key),
+                    *_real_inputs(query, key, value, call),
                     _widened(output, key),
                     _unfold(lse, query).squeeze(-1),
                     tuple(state),
@@ -190,8 +193,9 @@ def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
 
 
-def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> KernelInputs:
-    return KernelInputs(query, key, _widened(value, key), call.mask, call.is_causal, call.scale)
+def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> tuple[Any, ...]:
+    """What the kernel is called with for the real tokens."""
+    return query, key, _widened(value, key), call.mask, call.is_causal, call.scale
 
 
 def _widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

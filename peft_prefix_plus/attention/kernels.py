@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -16,42 +16,40 @@ KernelState = tuple[torch.Tensor, ...]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class KernelInputs(NamedTuple):
-    """
-    What an attention kernel is called with.
-
-    Attributes:
-        query (`torch.Tensor`): Shape (batch, query_heads, tokens, dim).
-        key (`torch.Tensor`): Shape (batch, kv_heads, kv_tokens, dim).
-        value (`torch.Tensor`): Shape (batch, kv_heads, kv_tokens, dim): as wide as the keys.
-        mask (`torch.Tensor`, *optional*): Additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens).
-        is_causal (`bool`): Whether a query sees the key of its own index and those before it; only without a mask.
-        scale (`float`): The factor on the scores.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    is_causal: bool
-    scale: float
-
-
 class AttentionKernel(Protocol):
-    """Attention over the real keys and values, forward and backward."""
+    """
+    Attention over the real keys and values, forward and backward.
+
+    Queries are (batch, query_heads, tokens, dim), keys and values (batch, kv_heads, kv_tokens, dim), the values as wide as the
+    keys. The mask is additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens), or `None`. `is_causal` says
+    whether a query sees the key of its own index and those before it; only without a mask. `scale` is the factor on the scores.
+    """
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         """Whether the kernel takes inputs like these, on its device."""
         ...
 
-    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
         """Return the output, shaped as the queries, its log-sum-exp, (batch, query_heads, tokens), and the state."""
         ...
 
     def backward(
         self,
-        inputs: KernelInputs,
         grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
@@ -68,22 +66,34 @@ class CpuFlashKernel:
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return query.dtype in self.dtypes
 
-    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        query, key, value, mask, is_causal, scale = inputs
-        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        # The binding in `torch` is cheaper to call than that in `torch.ops`, which decoding notices; backward has only the latter.
+        output, lse = torch._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
         )
         return output, lse, ()
 
     def backward(
         self,
-        inputs: KernelInputs,
         grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
     ) -> Gradients:
-        query, key, value, mask, is_causal, scale = inputs
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_output, query, key, value, output, lse, 0.0, is_causal, attn_mask=mask, scale=scale
         )
@@ -107,8 +117,15 @@ class CudaFlashKernel:
             and torch.cuda.get_device_capability(query.device) >= (8, 0)
         )
 
-    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        query, key, value, _, is_causal, scale = inputs
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
         output, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )
@@ -116,13 +133,17 @@ class CudaFlashKernel:
 
     def backward(
         self,
-        inputs: KernelInputs,
         grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
     ) -> Gradients:
-        query, key, value, _, is_causal, scale = inputs
         sequences = (None, None, query.shape[2], key.shape[2])  # a dense batch has no cumulative lengths
         return aten._scaled_dot_product_flash_attention_backward(
             grad_output, query, key, value, output, lse.contiguous(), *sequences, 0.0, is_causal, *state, scale=scale
@@ -143,22 +164,36 @@ class CudaEfficientKernel:
             and query.shape[-1] % 8 == 0
         )
 
-    def forward(self, inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        query, key, value, bias = self._repeated(inputs)
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
+        key, value, bias = self._repeated(query, key, value, mask)
         output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, 0.0, inputs.is_causal, scale=inputs.scale
+            query, key, value, bias, True, 0.0, is_causal, scale=scale
         )
         return output, lse[..., : query.shape[2]], (seed, offset)
 
     def backward(
         self,
-        inputs: KernelInputs,
         grad_output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float,
         output: torch.Tensor,
         lse: torch.Tensor,
         state: KernelState,
     ) -> Gradients:
-        query, key, value, bias = self._repeated(inputs)
+        kv_heads = key.shape[1]
+        key, value, bias = self._repeated(query, key, value, mask)
         lse = F.pad(lse, (0, -lse.shape[-1] % self.lse_alignment), value=float("inf")).contiguous()
         wanted = [True, True, True, False]
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -172,22 +207,22 @@ class CudaEfficientKernel:
             *state,
             0.0,
             wanted,
-            inputs.is_causal,
-            scale=inputs.scale,
+            is_causal,
+            scale=scale,
         )
-        kv_heads = inputs.key.shape[1]
         return grad_query, *(grad.unflatten(1, (kv_heads, -1)).sum(dim=2) for grad in (grad_key, grad_value))
 
     @staticmethod
-    def _repeated(inputs: KernelInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _repeated(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Repeat keys and values for all query heads, and the mask for all rows and heads, aligned to 16 bytes."""
-        query, key, value, mask, _, _ = inputs
         groups = query.shape[1] // key.shape[1]
         if mask is not None:
             tokens = mask.shape[-1]
             mask = F.pad(mask, (0, -tokens % 16))[..., :tokens]
             mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
-        return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), mask
+        return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), mask
 
 
 KERNELS: dict[str, tuple[AttentionKernel, ...]] = {
@@ -198,12 +233,17 @@ KERNELS: dict[str, tuple[AttentionKernel, ...]] = {
 
 
 def find_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, is_causal: bool
+    device: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
 ) -> AttentionKernel | None:
-    """Return the first kernel that takes these inputs, or `None`."""
+    """Return the first kernel that takes these inputs on a type of device, or `None`."""
     if value.shape[-1] > key.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return None
-    for kernel in KERNELS.get(query.device.type, ()):
+    for kernel in KERNELS.get(device, ()):
         if kernel.supports(query, key, mask, is_causal):
             return kernel
     return None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+
+PrefixOfRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys, values and mask as an attention kernel takes them: repeated for every row of a batch, without a copy."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,23 @@ class Prefix:
     mask: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     is_decoupled: bool = False
+    _rows: list[tuple[int, PrefixOfRows]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def is_joint(self) -> bool:
         """Whether the prefix shares a softmax with the real tokens."""
         return self.gate is None and not self.is_decoupled
+
+    def for_rows(self, batch: int) -> PrefixOfRows:
+        """
+        Return keys (batch, kv_heads, prefix_tokens, key_dim), values (batch, kv_heads, prefix_tokens, value_dim) and mask
+        (batch, 1, 1, prefix_tokens), or `None`. Those of the last batch size are kept: decoding asks for them at every token.
+        """
+        if not self._rows or self._rows[0][0] != batch:
+            sizes = (batch, -1, -1, -1)
+            mask = None if self.mask is None else self.mask[:, None, None, :]
+            self._rows[:] = [(batch, (self.key.expand(sizes), self.value.expand(sizes), mask))]
+        return self._rows[0][1]
 
     def to(self, key: torch.Tensor, value: torch.Tensor) -> Prefix:
         """Bring the prefix to the dtype and device of the real keys and values."""
