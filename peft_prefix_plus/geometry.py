@@ -170,9 +170,9 @@ def gathering(model: nn.Module) -> Iterator[None]:
     contexts: dict[nn.Module, list[Any]] = {}
 
     def gather(module: nn.Module, args: Any) -> None:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        context = GatheredParameters(list(module.parameters(recurse=False)))
+        context = deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)))
         context.__enter__()
         contexts.setdefault(module, []).append(context)
 

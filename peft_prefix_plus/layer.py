@@ -38,6 +38,20 @@ ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
 """The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that are added to its attention."""
 
 
+class Gates(nn.ParameterDict):
+    """
+    The gates of one attention module, (query_heads,) each, by adapter.
+
+    They are read by a call, as all parameters of adapters are: ZeRO-3 gathers a module's parameters when it is called.
+    """
+
+    __call__ = nn.Module.__call__  # which `nn.ParameterDict` forbids
+
+    def forward(self, adapter_name: str) -> torch.Tensor | None:
+        """Return a copy of an adapter's gate, or `None` if it has none."""
+        return self[adapter_name].clone() if adapter_name in self else None
+
+
 class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
     The prefixes of one attention module, by adapter; a child of that module.
@@ -60,7 +74,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
-        self.prefix_plus_gate = nn.ParameterDict({})
+        self.prefix_plus_gate = Gates({})
         self.dropout: dict[str, float] = {}
         self.is_decoupled: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
@@ -203,7 +217,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             # generation repeats each row of the input for its beams and returned sequences
             rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
             mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
-        return Prefix(key, value, mask, self.prefix_plus_gate.get(adapter_name), self.is_decoupled[adapter_name])
+        return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""

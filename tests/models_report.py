@@ -49,8 +49,7 @@ PARTIAL = """
 ## Attention that stays without a prefix
 
 In these models, which pass, some modules that their names call attention have no prefix: those of vision and audio towers,
-which `target_modules` names, sums that are no attention over tokens, and attention in another form (over local blocks or
-n-grams).
+which `target_modules` names, and attention in another form (over local blocks), of which adding the adapter warns.
 
 | Model | without a prefix | with a prefix |
 |---|---|---|

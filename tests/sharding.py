@@ -146,6 +146,9 @@ def run(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
 
 def _enter(rank: int, work: Callable[..., Any], folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    os.environ.update(
+        MASTER_ADDR="localhost", MASTER_PORT="29500"
+    )  # asked for by accelerate, not used: the group is there
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
     torch.save(work(rank, Path(folder), *args), f"{folder}/results{rank}.pt")
