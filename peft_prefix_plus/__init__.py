@@ -6,6 +6,8 @@ from .conversion import flatten, prefix_key_values
 from .geometry import PROBE_NAME, probe_attention
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
+from .optimization import prefix_plus_param_groups
+from .prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .registration import METHOD_NAME, register
 
 
@@ -14,7 +16,10 @@ __all__ = [
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "flatten",
+    "from_prefix_tuning",
     "prefix_key_values",
+    "prefix_plus_param_groups",
+    "to_prefix_tuning",
 ]
 
 __version__ = "0.1.0"
