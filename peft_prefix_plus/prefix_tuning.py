@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import (
+    PeftConfig,
     PeftModel,
     PeftType,
     PrefixTuningConfig,
@@ -98,7 +99,7 @@ def from_prefix_tuning(
     """
     _check_arguments(adapter, model)
     base: Any = adapter.get_base_model() if isinstance(adapter, PeftModel) else model
-    with _undone_on_error(base) as take_off_wrappers:
+    with _undone_on_error(base) as take_off_wrappers, _training_flags_kept(base):
         source = adapter if isinstance(adapter, PeftModel) else _load(adapter, base, allow_pickle, hub_arguments)
         source_config = _check_source(source)
         length = source_config.num_virtual_tokens
@@ -218,9 +219,10 @@ def _check_arguments(adapter: Any, model: Any) -> None:
 def _load(adapter: Any, base: Any, allow_pickle: bool, hub_arguments: dict[str, Any]) -> PeftModel:
     """Put a saved adapter on the base model, as PEFT loads it."""
     name = os.fspath(adapter)
+    _check_type(PeftConfig.from_pretrained(name, **hub_arguments))
     if not allow_pickle and not _has_safetensors(name, hub_arguments):
         raise ValueError(
-            f"The adapter {name!r} has no {SAFETENSORS_WEIGHTS_NAME}. If its weights are in another format and you "
+            f"The adapter {name!r} has no {SAFETENSORS_WEIGHTS_NAME} that can be found. If its weights are in another format and you "
             "trust where it comes from, pass allow_pickle=True; otherwise load it with PEFT and save it anew."
         )
     return PeftModel.from_pretrained(base, name, **hub_arguments)
@@ -240,10 +242,14 @@ def _has_safetensors(name: str, hub_arguments: Mapping[str, Any]) -> bool:
 def _check_source(source: PeftModel) -> Any:
     """Return the active adapter's configuration, or raise if it cannot be converted."""
     config = source.active_peft_config
-    if config.peft_type != PeftType.PREFIX_TUNING:
-        raise ValueError(f"The adapter must be one of PREFIX_TUNING, got {PeftType(config.peft_type).value}.")
+    _check_type(config)
     _check_task(source.get_base_model(), config.task_type)
     return config
+
+
+def _check_type(config: PeftConfig) -> None:
+    if config.peft_type != PeftType.PREFIX_TUNING:
+        raise ValueError(f"The adapter must be one of PREFIX_TUNING, got {PeftType(config.peft_type).value}.")
 
 
 def _check_task(base: Any, task_type: str | None) -> None:
@@ -348,7 +354,11 @@ def _random_text(base: Any, exact: tuple[int, str] | None) -> dict[str, torch.Te
         if name.endswith(("token_id", "token_index"))
         for number in (value if isinstance(value, list) else [value])
     }
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    vocabulary = getattr(base.get_input_embeddings(), "num_embeddings", None)
+    if vocabulary is None:
+        raise ValueError(
+            f"{type(base).__name__} takes no plain text as input, so a conversion cannot be verified on it."
+        )
     plain = torch.tensor([number for number in range(vocabulary) if number not in special])
     ids = plain[torch.randint(len(plain), (1, num_tokens), generator=torch.Generator().manual_seed(0))]
     return {"input_ids": ids.to(base.device), "attention_mask": torch.ones_like(ids).to(base.device)}
@@ -417,8 +427,8 @@ def _rotations(
             raise ValueError(
                 f"The conversion is not exact for {type(base).__name__}: PREFIX_TUNING moves the real tokens' positions by "
                 f"{length}, and the keys of {name} do not follow by a rotation (the closest one leaves {error:.1%} of "
-                "them). This is so where positions are learned, as in GPT-2: the tokens themselves change. Train a new "
-                "adapter."
+                "them). This is so where positions are learned, as in GPT-2, because the tokens themselves change then. "
+                "Train a new adapter."
             )
         rotations[name] = rotation
     return rotations
@@ -431,9 +441,9 @@ def _check_equal(base: Any, found: torch.Tensor, expected: torch.Tensor, length:
         raise ValueError(
             f"The conversion is not exact for {type(base).__name__}: on a random text the outputs of PREFIX_TUNING and "
             f"PREFIX_PLUS differ by {difference:.2g}, more than rounding ({limit:.2g}). PREFIX_TUNING moves the real tokens' "
-            f"positions by {length}. That can be undone for rotary positions, but not where positions are learned (GPT-2, "
-            "OPT, BERT), or are a bias on the scores that counts from the prefix (ALiBi in Bloom and MPT). Train a new "
-            "adapter."
+            f"positions by {length}. That can be undone for rotary positions, but not for instance where positions are "
+            "learned (GPT-2, OPT, BERT), or are a bias on the scores that the prefix has too (ALiBi in Bloom and MPT). Train "
+            "a new adapter."
         )
 
 
@@ -474,7 +484,9 @@ def _bounds(config: Any) -> Iterator[tuple[int, str]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     for rope in parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]:
         rope_type = rope.get("rope_type", "default")
-        original: Any = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        original: Any = rope.get("original_max_position_embeddings") or getattr(
+            config, "max_position_embeddings", None
+        )
         if "dynamic" in rope_type or rope_type == "longrope":
             yield original, f"rotary frequencies of type {rope_type!r} change at position {original}"
         if "llama_4_scaling_beta" in rope:  # Ministral 3
@@ -518,6 +530,17 @@ def _undone_on_error(base: nn.Module) -> Iterator[Callable[[], None]]:
         for parameter, requires_grad in flags:
             parameter.requires_grad = requires_grad
         raise
+
+
+@contextmanager
+def _training_flags_kept(base: nn.Module) -> Iterator[None]:
+    """Leave every module of a base model in the mode it was in: PEFT puts a loaded one in evaluation mode."""
+    training = [(module, module.training) for module in base.modules()]
+    try:
+        yield
+    finally:
+        for module, is_training in training:
+            module.training = is_training
 
 
 @contextmanager

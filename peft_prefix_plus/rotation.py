@@ -71,7 +71,8 @@ def candidate_rotations(model: nn.Module, key_dim: int) -> list[Rotation]:
         Rotation(),
         *(
             Rotation(each, offset, is_interleaved)
-            for each in sorted(frequencies, key=len, reverse=True)
+            for forward in sorted(frequencies)
+            for each in (forward, tuple(-frequency for frequency in forward))  # NanoChat turns the other way
             if 2 * len(each) <= key_dim
             for offset in dict.fromkeys((0, key_dim - 2 * len(each)))
             for is_interleaved in (False, True)
