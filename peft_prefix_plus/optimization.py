@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .encoders import DirectEncoder
+from .encoders import DirectEncoder, ProjectedEncoder
 from .layer import PrefixPlusLayer
 
 
@@ -85,7 +85,7 @@ def prefix_plus_param_groups(
             _check_number(argument, rate)
 
     left_out = set() if adapter_name is None else set(_parameters_of_others(model, adapter_name))
-    kinds = {parameter: kind for kind, parameter in _prefix_parameters(model)}
+    kinds = {parameter: kind for _, kind, parameter in _prefix_parameters(model)}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in DEFAULT_RATIOS}
     for parameter in model.parameters():  # yields a shared parameter once
         if parameter.requires_grad and parameter not in left_out:
@@ -110,36 +110,36 @@ def prefix_plus_param_groups(
     return groups
 
 
-def _prefix_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of all adapters, each with the kind of its group."""
-    for layer in _layers(model):
-        for encoder in layer.prefix_plus_encoder.values():
-            for name, parameter in encoder.named_parameters():
-                is_direct = isinstance(encoder, DirectEncoder)
-                yield {"key": "keys", "value": "values"}[name] if is_direct else "projection", parameter
-        for gate in layer.prefix_plus_gate.values():
-            yield "gates", gate
+def _prefix_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield the parameters of all prefixes, each with its adapter's name and its kind; shared ones more than once."""
+    for layer in model.modules():
+        if not isinstance(layer, PrefixPlusLayer):
+            continue
+        for adapter_name, encoder in layer.prefix_plus_encoder.items():
+            if isinstance(encoder, DirectEncoder):
+                yield adapter_name, "keys", encoder.key
+                yield adapter_name, "values", encoder.value
+                continue
+            assert isinstance(encoder, ProjectedEncoder)
+            for part in encoder.parts():
+                yield from ((adapter_name, "projection", parameter) for parameter in part.parameters())
+        for adapter_name, gate in layer.prefix_plus_gate.items():
+            yield adapter_name, "gates", gate
 
 
 def _parameters_of_others(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:
     """Yield what belongs to other adapters than this one: their prefixes, and their copies of whole modules."""
-    layers = _layers(model)
-    names = {name for layer in layers for name in layer.prefix_plus_encoder}
+    owned = list(_prefix_parameters(model))
+    names = {owner for owner, _, _ in owned}
     if adapter_name not in names:
         raise ValueError(
             f"There is no PREFIX_PLUS adapter named {adapter_name!r} in the model; it has {sorted(names)}."
         )
-    for other in names - {adapter_name}:
-        for layer in layers:
-            yield from layer.adapter_parameters(other)
-        for module in model.modules():
-            saved = getattr(module, "modules_to_save", {}) if isinstance(module, AuxiliaryTrainingWrapper) else {}
-            if other in saved:
-                yield from saved[other].parameters()
-
-
-def _layers(model: nn.Module) -> list[PrefixPlusLayer]:
-    return [module for module in model.modules() if isinstance(module, PrefixPlusLayer)]
+    yield from (parameter for owner, _, parameter in owned if owner != adapter_name)
+    for module in model.modules():
+        saved = getattr(module, "modules_to_save", {}) if isinstance(module, AuxiliaryTrainingWrapper) else {}
+        for other in names & set(saved) - {adapter_name}:
+            yield from saved[other].parameters()
 
 
 def _by_decay(kind: str, parameters: list[nn.Parameter]) -> Iterator[tuple[str, list[nn.Parameter]]]:

@@ -427,7 +427,7 @@ def _rotations(
             raise ValueError(
                 f"The conversion is not exact for {type(base).__name__}: PREFIX_TUNING moves the real tokens' positions by "
                 f"{length}, and the keys of {name} do not follow by a rotation (the closest one leaves {error:.1%} of "
-                "them). This is so where positions are learned, as in GPT-2, because the tokens themselves change then. "
+                "them). This is so for instance where positions are learned, as in GPT-2: the tokens themselves change. "
                 "Train a new adapter."
             )
         rotations[name] = rotation

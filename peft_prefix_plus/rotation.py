@@ -31,20 +31,21 @@ class Rotation:
 
     def rotate(self, vectors: torch.Tensor, positions: int) -> torch.Tensor:
         """
-        Rotate vectors (..., dim) by a number of positions, which may be negative. Computed in float64.
+        Rotate vectors (..., dim) by a number of positions, which may be negative. Computed in float64, on the CPU: not every
+        device has float64.
 
         Returns:
-            `torch.Tensor`: As `vectors`, in their dtype.
+            `torch.Tensor`: As `vectors`, in their dtype and on their device.
         """
         size = 2 * len(self.frequencies)
-        before, rotated, after = vectors.double().split(
-            [self.offset, size, vectors.shape[-1] - self.offset - size], dim=-1
+        before, rotated, after = (
+            vectors.cpu().double().split([self.offset, size, vectors.shape[-1] - self.offset - size], dim=-1)
         )
-        angles = positions * torch.tensor(self.frequencies, dtype=torch.float64, device=vectors.device)
+        angles = positions * torch.tensor(self.frequencies, dtype=torch.float64)
         first, second = self._planes(rotated)
         turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
         joined = torch.stack(turned, dim=-1).flatten(-2) if self.is_interleaved else torch.cat(turned, dim=-1)
-        return torch.cat([before, joined, after], dim=-1).to(vectors.dtype)
+        return torch.cat([before, joined, after], dim=-1).to(vectors)
 
     def _planes(self, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second coordinates of all planes, (..., planes) each."""
@@ -95,7 +96,7 @@ def closest_rotation(
     Returns:
         `tuple[Rotation, float]`: The best candidate, and the norm of what it leaves unexplained as a part of the keys'.
     """
-    here, moved = here.double(), moved.double()
+    here, moved = here.cpu().double(), moved.cpu().double()
     errors = {rotation: (rotation.rotate(moved, -positions) - here).norm().item() for rotation in candidates}
     best = min(errors, key=errors.__getitem__)
     return best, errors[best] / max(here.norm().item(), torch.finfo(torch.float64).tiny)

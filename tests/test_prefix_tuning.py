@@ -226,6 +226,24 @@ with torch.no_grad():
     assert (found - logits(base, texts())).abs().max() > 1e-2
 
 
+def test_an_adapter_is_found_in_a_folder_of_a_directory_and_by_its_name_on_the_hub(tmp_path):
+    base = build(llama)
+    theirs = with_prefix_tuning(base)
+    theirs.save_pretrained(tmp_path / "directory" / "folder")
+    ours = from_prefix_tuning(tmp_path / "directory", copy.deepcopy(base), subfolder="folder")
+    assert_equal_outputs(ours.eval(), theirs, base)
+
+    cached = tmp_path / "models--user--name"  # as huggingface_hub keeps what it has downloaded
+    theirs.save_pretrained(cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    ours = from_prefix_tuning("user/name", copy.deepcopy(base), cache_dir=tmp_path)
+    assert_equal_outputs(ours.eval(), theirs, base)
+    (cached / "snapshots" / "0123" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"'user/name' has no adapter_model\.safetensors that can be found"):
+        from_prefix_tuning("user/name", copy.deepcopy(base), cache_dir=tmp_path)
+
+
 def test_heads_that_are_saved_in_full_go_along(tmp_path):
     config = LlamaConfig(**GROUPED, num_labels=3, pad_token_id=0)
     base = build(lambda: LlamaForSequenceClassification(config))
