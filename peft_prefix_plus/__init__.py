@@ -8,6 +8,8 @@ from .geometry import PROBE_NAME, probe_attention
 from .initialization import initialize_from_key_values, initialize_from_text
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
+from .optimization import prefix_plus_param_groups
+from .prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .registration import METHOD_NAME, register
 
 
@@ -17,9 +19,12 @@ __all__ = [
     "PrefixPlusModel",
     "Residual",
     "flatten",
+    "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
     "prefix_key_values",
+    "prefix_plus_param_groups",
+    "to_prefix_tuning",
 ]
 
 __version__ = "0.1.0"

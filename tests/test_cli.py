@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -246,6 +246,41 @@ def test_generate_refuses_what_is_no_prefix_plus_adapter(base: Path, tmp_path: P
 
 
 # ---------------------------------------------------------------------------------------------------- parameters
+
+
+def test_convert_goes_to_prefix_plus_and_back(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    old.save_pretrained(str(tmp_path / "old"))
+    run("convert", "--adapter", tmp_path / "old", "--output", tmp_path / "new")
+    run("convert", "--adapter", tmp_path / "new", "--output", tmp_path / "back", "--model", base)
+    printed = capsys.readouterr().out
+    assert f"The PREFIX_PLUS adapter is in {tmp_path / 'new'}" in printed
+    assert f"The PREFIX_TUNING adapter is in {tmp_path / 'back'}" in printed
+
+    tokens = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        expected = old.eval()(input_ids=tokens).logits
+        for name in ("new", "back"):
+            found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / name).eval()(input_ids=tokens).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base)
+    lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora.save_pretrained(str(tmp_path / "lora"))
+    model = get_peft_model(lora.unload(), PrefixPlusConfig(task_type="CAUSAL_LM", layers_to_transform=0))
+    model.save_pretrained(str(tmp_path / "top"))
+    for adapter, output, message in (
+        ("lora", "new", "is a LORA adapter; prefix-plus converts PREFIX_TUNING and PREFIX_PLUS adapters"),
+        ("top", "new", "Cannot convert the adapter .*A choice of layers cannot be expressed"),
+        ("top", "lora", "lora is not an empty directory"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["convert", "--adapter", str(tmp_path / adapter), "--output", str(tmp_path / output)])
+    assert not (tmp_path / "new").exists()
 
 
 def test_params_counts_what_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
 from ..demo import DemoSettings, run_demo
-from . import generation, parameters, training
+from . import conversion, generation, parameters, training
 from .options import command
 
 
@@ -30,6 +30,13 @@ def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None
 def generate(settings: generation.GenerationSettings) -> None:
     """Complete prompts with an adapter."""
     generation.generate(settings)
+
+
+@command(app, {"Options": conversion.ConversionSettings})
+def convert(settings: conversion.ConversionSettings) -> None:
+    """Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back."""
+    method = conversion.convert(settings)
+    print(f"The {method} adapter is in {settings.output}.")
 
 
 @command(app, {"Options": parameters.CountingSettings})

@@ -51,6 +51,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_adapter_config(adapter: str) -> PeftConfig:
+    """
+    Load an adapter's configuration.
+
+    Args:
+        adapter (`str`): A directory or a name on the Hub.
+    """
+    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
+        config: PeftConfig = PeftConfig.from_pretrained(adapter)
+    return config
+
+
+def base_model_name(config: PeftConfig, adapter: str, model: str | None) -> str:
+    """Return the base model that is asked for, or else the one that the adapter names."""
+    base = model or config.base_model_name_or_path
+    if not base:
+        raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by --model.")
+    return base
+
+
 def load_adapted_model(
     adapter: str, model: str | None = None, dtype: str = "auto"
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -65,15 +85,12 @@ def load_adapted_model(
     Returns:
         `tuple`: The model and the tokenizer.
     """
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
-        config = PeftConfig.from_pretrained(adapter)
+    config = load_adapter_config(adapter)
     if config.peft_type != PREFIX_PLUS:
         raise CommandError(
             f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus loads PREFIX_PLUS adapters."
         )
-    base = model or config.base_model_name_or_path
-    if not base:
-        raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by --model.")
+    base = base_model_name(config, adapter, model)
     base_model = load_model(base, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
         adapted = PeftModel.from_pretrained(base_model, adapter)
