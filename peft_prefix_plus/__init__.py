@@ -3,6 +3,7 @@
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
 from .conversion import flatten, prefix_key_values
+from .diagnostics import prefix_attention_mass
 from .geometry import PROBE_NAME, probe_attention
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
@@ -14,6 +15,7 @@ __all__ = [
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "flatten",
+    "prefix_attention_mass",
     "prefix_key_values",
 ]
 
