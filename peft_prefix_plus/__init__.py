@@ -7,16 +7,20 @@ from .diagnostics import prefix_attention_mass
 from .geometry import PROBE_NAME, probe_attention
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
+from .pruning import LayerSuggestion, prune_layers, suggest_layers
 from .registration import METHOD_NAME, register
 
 
 __all__ = [
+    "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "flatten",
     "prefix_attention_mass",
     "prefix_key_values",
+    "prune_layers",
+    "suggest_layers",
 ]
 
 __version__ = "0.1.0"

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import Observer, observed_attention
 from .geometry import attending, evaluating
 from .layer import PrefixPlusLayer
-from .model import PrefixPlusModel, prefix_layers
+from .model import base_of, prefix_layers
 
 
 def prefix_attention_mass(model: nn.Module, adapter_name: str | None = None, **inputs: Any) -> dict[str, torch.Tensor]:
@@ -85,13 +84,6 @@ def prefix_attention_mass(model: nn.Module, adapter_name: str | None = None, **i
             stack.enter_context(_observing(layer, measures[name].observe))
         model(**inputs)
     return {name: measure.mean() for name, measure in measures.items() if measure.was_reached}
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the base model of a `PeftModel` or a [`PrefixPlusModel`], and any other model as it is."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model.model if isinstance(model, PrefixPlusModel) else model
 
 
 def _active(layer: PrefixPlusLayer, adapter_name: str | None) -> list[str]:

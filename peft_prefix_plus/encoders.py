@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,9 @@ class KVShape(NamedTuple):
 
 DEFAULT_STD = 0.02
 """Standard deviation of a prefix started with `init_weights=True`."""
+
+PARTS = ("virtual_tokens", "hidden", "output")
+"""The parts of a [`ProjectedEncoder`], in the order that they are made in."""
 
 SHARED_PARTS = {
     "none": (),
@@ -162,6 +165,14 @@ class ProjectedEncoder(nn.Module):
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
         return self._borrowed[name] if name in self._borrowed else self.get_submodule(name)
+
+    def take_over(self, parts: Collection[nn.Module]) -> None:
+        """Make those of the parts that this layer refers to its own: the layer that they were modules of is to go."""
+        for name in [name for name, part in self._borrowed.items() if part in parts]:
+            self.add_module(name, self._borrowed.pop(name))
+        for name in PARTS:  # an optimizer's saved state goes by the order of the parameters
+            if name in self._modules:
+                self._modules[name] = self._modules.pop(name)
 
     @torch.no_grad()
     def initialize_parameters(self, init_weights: bool | str) -> None:

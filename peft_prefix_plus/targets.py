@@ -60,7 +60,7 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
             "attention module among those chosen."
         )
     if config.layers_to_transform is not None:
-        chosen = _restrict_to_layers(model, chosen, config)
+        chosen = restrict_to_layers(model, chosen, config)
     return Selection({name: geometries[name] for name in chosen}, frozenset(excluded))
 
 
@@ -129,7 +129,7 @@ def _matches(targets: str | Collection[str], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
+def restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
     """Keep the modules whose layer `layers_to_transform` names; negative numbers count from each stack's last layer."""
     assert config.layers_to_transform is not None
     wanted = (
@@ -137,7 +137,7 @@ def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPl
     )
     stacks: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        stack, index = _layer_of(name, config.layers_pattern)
+        stack, index = layer_of(name, config.layers_pattern)
         if stack is not None:
             stacks.setdefault(stack, []).append((index, name))
     if not stacks:
@@ -164,7 +164,7 @@ def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPl
     return [name for name in names if name in chosen]
 
 
-def _layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:
+def layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:
     """Split a module's name into the name of its stack of layers and its layer's index, as PEFT counts layers."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or [r"[^.]*"]:
