@@ -7,6 +7,7 @@ from .diagnostics import prefix_attention_mass
 from .geometry import PROBE_NAME, probe_attention
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
+from .plots import plot_attention_mass, plot_prefix_norms, plot_training_curve
 from .pruning import LayerSuggestion, prune_layers, suggest_layers
 from .registration import METHOD_NAME, register
 
@@ -17,6 +18,9 @@ __all__ = [
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "flatten",
+    "plot_attention_mass",
+    "plot_prefix_norms",
+    "plot_training_curve",
     "prefix_attention_mass",
     "prefix_key_values",
     "prune_layers",

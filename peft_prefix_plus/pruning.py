@@ -45,7 +45,7 @@ class LayerSuggestion:
     parameters_of_kept: int
 
     def __repr__(self) -> str:
-        lines = ["layer  loss without it  keep"]
+        lines = ["layer    loss rises by  keep"]
         for layer, increase in self.loss_increases.items():
             lines.append(f"{layer:>5}  {increase:>+15.6f}  {'yes' if layer in self.layers else 'no'}")
         lines.append(f"loss: {self.loss:.6f} with all layers, {self.loss_of_kept:.6f} with those kept")

@@ -150,7 +150,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 def test_a_suggestion_is_shown_as_a_table() -> None:
     shown = repr(LayerSuggestion([1], {0: -0.25, 1: 1.5}, 2.0, 1.75, 2000, 1000))
     assert shown.splitlines() == [
-        "layer  loss without it  keep",
+        "layer    loss rises by  keep",
         "    0        -0.250000  no",
         "    1        +1.500000  yes",
         "loss: 2.000000 with all layers, 1.750000 with those kept",
