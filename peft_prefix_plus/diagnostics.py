@@ -27,7 +27,7 @@ def prefix_attention_mass(model: nn.Module, adapter_name: str | None = None, **i
 
     with lse_P the log-sum-exp of a query's scores over the prefix, and lse that over all. It is computed from the scores
     of a chunk of queries at a time, in float32 at least; where the attention returns its weights (eager), from those. A
-    prefix with a gate has a softmax of its own, and all of that is on the prefix: its mass is |tanh(gate)|, the factor that
+    prefix with a gate has a softmax of its own, and all of that is on the prefix: its mass is `|tanh(gate)|`, the factor that
     its attention is added with.
 
     Real are the queries that `attention_mask` does not mark as padding; in the decoder of an encoder-decoder model, those
