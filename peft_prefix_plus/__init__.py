@@ -3,17 +3,21 @@
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
 from .conversion import flatten, prefix_key_values
+from .diagnostics import prefix_attention_mass
 from .fitting import Residual
 from .geometry import PROBE_NAME, probe_attention
 from .initialization import initialize_from_key_values, initialize_from_text
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .optimization import prefix_plus_param_groups
+from .plots import plot_attention_mass, plot_prefix_norms, plot_training_curve
 from .prefix_tuning import from_prefix_tuning, to_prefix_tuning
+from .pruning import LayerSuggestion, prune_layers, suggest_layers
 from .registration import METHOD_NAME, register
 
 
 __all__ = [
+    "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
@@ -22,8 +26,14 @@ __all__ = [
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
+    "plot_attention_mass",
+    "plot_prefix_norms",
+    "plot_training_curve",
+    "prefix_attention_mass",
     "prefix_key_values",
     "prefix_plus_param_groups",
+    "prune_layers",
+    "suggest_layers",
     "to_prefix_tuning",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -212,6 +213,14 @@ class ProjectedEncoder(PrefixEncoder):
     def part(self, name: str) -> nn.Module:
         """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
         return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
+
+    def take_over(self, parts: Collection[str]) -> None:
+        """Count those of the shared parts as made here: the layer that made them is to go."""
+        self._made += [name for name, key in self._shared.items() if key in parts and name not in self._made]
+
+    def shared_parts_made(self) -> list[str]:
+        """The names of the shared parts that no earlier layer uses."""
+        return [self._shared[name] for name in self._made]
 
     @torch.no_grad()
     def initialize_parameters(self, key_std: float, value_std: float) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import (
+    AttentionOutput,
     ConfigView,
     InlineAttention,
     InlineHooks,
@@ -82,21 +83,28 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _ProbeView(ConfigView):
-    """The view of a config under which a module records its geometry."""
+    """The view of a config under which a module calls an attention function of ours, other than the usual one."""
 
-    def __init__(self, config: Any, record: Callable[..., None], is_compared: bool) -> None:
+    def __init__(self, config: Any, attend: Callable[..., AttentionOutput], is_compared: bool) -> None:
         super().__init__(config, PROBE_NAME, is_compared)
-        vars(self)["record"] = record
+        vars(self)["attend"] = attend
 
 
-def probe_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function of the probe: record what comes in, then do what the base model does."""
-    module.config.record(query, key, value)
-    implementation = model_config(module)._attn_implementation
-    eager = eager_attention_function(type(module))
-    return attend_as_base(module, query, key, value, *args, implementation=implementation, eager=eager, **kwargs)
+def probe_attention(module: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
+    """The attention function that is registered for the views of [`attending`]: call the view's own."""
+    attend: Callable[..., AttentionOutput] = module.config.attend
+    return attend(module, *args, **kwargs)
+
+
+@contextmanager
+def attending(module: nn.Module, attend: Callable[..., AttentionOutput]) -> Iterator[None]:
+    """Let a module that calls the attention interface call `attend`, and leave it as it was afterwards."""
+    config = module.config
+    set_config(module, _ProbeView(model_config(module), attend, reads_implementation(type(module))))
+    try:
+        yield
+    finally:
+        set_config(module, config)
 
 
 @contextmanager
@@ -120,12 +128,16 @@ def recording(
 def _observing_interface(
     module: nn.Module, record: Callable[..., None], reject: Callable[..., None]
 ) -> Iterator[None]:
-    config = module.config
-    set_config(module, _ProbeView(model_config(module), record, reads_implementation(type(module))))
-    try:
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> AttentionOutput:
+        record(query, key, value)
+        implementation = model_config(module)._attn_implementation
+        eager = eager_attention_function(type(module))
+        return attend_as_base(module, query, key, value, *args, implementation=implementation, eager=eager, **kwargs)
+
+    with attending(module, attend):
         yield
-    finally:
-        set_config(module, config)
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .fitting import KeyValue, Residual, fit
 from .geometry import attention_modules, evaluating, positions_before, recording
-from .model import PrefixPlusModel, layers_with_adapter
+from .model import base_of, layers_with_adapter
 
 
 def initialize_from_text(
@@ -61,7 +60,7 @@ def initialize_from_text(
             f"The text has {len(token_ids)} tokens; the prefix starts from the first num_virtual_tokens={num_tokens}.",
             stacklevel=2,
         )
-    base = base_model(model)
+    base = base_of(model)
     key_values = _read(base, torch.tensor([token_ids[:num_tokens]], device=_device(base)))
     return initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
 
@@ -107,13 +106,6 @@ def initialize_from_key_values(
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
     return fit(encoders, key_values)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the model that carries the prefixes, without its wrappers."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model.model if isinstance(model, PrefixPlusModel) else model
 
 
 def _device(model: nn.Module) -> torch.device:

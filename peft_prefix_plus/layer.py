@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,6 +177,22 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def has_prefix(self) -> bool:
         """Whether a prefix takes part in the next forward."""
         return not self._disable_adapters and bool(self._present(self._adapters_in_use()))
+
+    def is_joint(self, adapter_name: str) -> bool:
+        """Whether an adapter's prefix shares the softmax of the real tokens."""
+        return adapter_name not in self.prefix_plus_gate and not self.is_decoupled[adapter_name]
+
+    @contextmanager
+    def hiding(self, adapter_name: str) -> Iterator[None]:
+        """Leave an adapter out of those that are active here, and change nothing else (`set_adapter` would)."""
+        active = self._active_adapter
+        try:
+            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+            self._produced.clear()
+            yield
+        finally:
+            self._active_adapter = active
+            self._produced.clear()
 
     def _adapters_in_use(self) -> list[str]:
         """The names that count for the next forward: the rows' own, or else the active ones."""

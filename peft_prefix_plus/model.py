@@ -354,6 +354,13 @@ def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:
             yield name.removesuffix(f".{METHOD_NAME}"), module
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the base model of a `PeftModel` or a [`PrefixPlusModel`], and any other model as it is."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.model if isinstance(model, PrefixPlusModel) else model
+
+
 def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixPlusLayer]]:
     """
     Return the layers that have an adapter, by the names that their attention modules have in the base model.
@@ -365,11 +372,7 @@ def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, 
     Raises:
         ValueError: If no layer has it.
     """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    elif isinstance(model, PrefixPlusModel):
-        model = model.model
-    layers = list(prefix_layers(model))
+    layers = list(prefix_layers(base_of(model)))
     found = [(name, layer) for name, layer in layers if adapter_name in layer.prefix_plus_encoder]
     if not found:
         adapters = sorted({name for _, layer in layers for name in layer.prefix_plus_encoder})

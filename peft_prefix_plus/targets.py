@@ -65,7 +65,7 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
             "attention module among those chosen."
         )
     if config.layers_to_transform is not None:
-        chosen = _restrict_to_layers(model, chosen, config)
+        chosen = restrict_to_layers(model, chosen, config)
     impossible = {
         name: reason
         for name, reason in rejected.items()
@@ -158,7 +158,7 @@ def _matches(targets: str | Collection[str], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
+def restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
     """Keep the modules whose layer `layers_to_transform` names; negative numbers count from each stack's last layer."""
     assert config.layers_to_transform is not None
     wanted = (
@@ -166,7 +166,7 @@ def _restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPl
     )
     stacks: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        stack, index = _layer_of(name, config.layers_pattern)
+        stack, index = layer_of(name, config.layers_pattern)
         if stack is not None:
             stacks.setdefault(stack, []).append((index, name))
     if not stacks:
@@ -207,7 +207,7 @@ def _is_attention_to_prefix(model: nn.Module, name: str, config: PrefixPlusConfi
             return False
     if config.layers_to_transform is None:
         return True
-    stack, index = _layer_of(name, config.layers_pattern)
+    stack, index = layer_of(name, config.layers_pattern)
     if stack is None:
         return False
     layers = config.layers_to_transform
@@ -215,7 +215,7 @@ def _is_attention_to_prefix(model: nn.Module, name: str, config: PrefixPlusConfi
     return index in wanted or index - len(model.get_submodule(stack)) in wanted  # type: ignore[arg-type]
 
 
-def _layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:
+def layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | None, int]:
     """Split a module's name into the name of its stack of layers and its layer's index, as PEFT counts layers."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or [r"[^.]*"]:

@@ -1,10 +1,12 @@
-"""The command `prefix-plus`: its options, what it refuses, training, going on, generating and counting."""
+"""The command `prefix-plus`: its options, what it refuses, training, going on, generating, looking and counting."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus import PrefixPlusConfig, prefix_attention_mass, prefix_key_values
 from peft_prefix_plus.cli import main
 from peft_prefix_plus.cli.options import value_parser
 from peft_prefix_plus.cli.records import Collator, Record, encode
@@ -245,6 +247,93 @@ def test_generate_refuses_what_is_no_prefix_plus_adapter(base: Path, tmp_path: P
     assert "Cannot load the adapter" in failure("generate", "--adapter", tmp_path / "none", "--prompt", "a")
 
 
+# ---------------------------------------------------------------------------------------------------- inspect
+
+
+def table_of(printed: str) -> dict[str, list[str]]:
+    """The cells of a printed table by the first of each row."""
+    lines = [line.strip("│┃ ") for line in printed.splitlines() if line.strip().startswith(("│", "┃"))]
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("gating", [False, True])
+def test_inspect_shows_each_layers_prefix_without_the_base_models_weights(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], gating: bool
+) -> None:
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        PrefixPlusConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=4, reparameterization="mlp", init_weights=False, gating=gating
+        ),
+    )
+    model.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text((base / "config.json").read_text("utf-8"), "utf-8")
+    run("inspect", tmp_path / "adapter", "--base", tmp_path / "config")
+    printed = capsys.readouterr().out
+    table = table_of(printed)
+    header = ["heads × tokens × dim", "key rms", "value rms", *(["gate"] if gating else []), "parameters"]
+    assert table.pop("module") == header
+    prefixes = prefix_key_values(model)
+    assert list(table) == list(prefixes)
+    for name, (key, value) in prefixes.items():
+        shape, key_rms, value_rms, *rest = table[name]
+        assert shape == "2 × 4 × 8"
+        assert float(key_rms) == pytest.approx(key.square().mean().sqrt().item(), rel=1e-3)
+        assert float(value_rms) == pytest.approx(value.square().mean().sqrt().item(), rel=1e-3)
+        assert rest[:-1] == ([f"{math.tanh(1.0):.4g}"] if gating else [])
+    total = model.get_nb_trainable_parameters()[0]
+    assert sum(int(cells[-1].replace(",", "")) for cells in table.values()) == total
+    assert f"{total:,} parameters in all" in printed
+
+
+def test_inspect_measures_attention_on_data_and_draws(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, figures = tmp_path / "adapter", tmp_path / "figures" / "new"
+    run(*training(base, data, output, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1))
+    capsys.readouterr()
+    run("inspect", output, "--data", data, "--batch-size", 3, "--plot", figures)
+    printed = capsys.readouterr().out
+    names = ["prefix_norms.png", "attention_mass.png", "training_curve.png"]
+    assert printed.splitlines()[-3:] == [str(figures / name) for name in names]
+    assert all((figures / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    tokenizer = word_tokenizer()
+    encoded = [encode(Record(**example), tokenizer) for example in EXAMPLES]
+    batch = Collator(0)(encoded)  # all at once: the mean must not depend on the batches
+    model = AutoPeftModelForCausalLM.from_pretrained(str(output)).eval()
+    masses = prefix_attention_mass(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    table = table_of(printed)
+    assert table.pop("module")[-2:] == ["attention", "largest"]
+    for name, mass in masses.items():
+        assert [float(cell.rstrip("%")) / 100 for cell in table[name][-2:]] == pytest.approx(
+            [mass.mean().item(), mass.max().item()], abs=6e-4
+        )
+
+
+def test_inspect_refuses_what_it_cannot_show(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Cannot load the adapter" in failure("inspect", tmp_path / "none")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), PrefixPlusConfig(num_virtual_tokens=4))
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(str(adapter))
+    assert f"--plot must be a directory, {data} is a file" in failure("inspect", adapter, "--plot", data)
+    assert "`batch_size` must be at least 1" in failure("inspect", adapter, "--batch-size", 0)
+    assert "Cannot read" in failure("inspect", adapter, "--data", tmp_path / "none.jsonl")
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 5}), "utf-8")
+    assert "The checkpoint does not fit adapter 'default'" in failure("inspect", adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}), "utf-8")
+    assert "which base model it belongs to; give it by --base" in failure("inspect", adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}), "utf-8")
+    assert "is an adapter for SEQ_CLS" in failure("inspect", adapter)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "peft-prefix-plus[plot]"' in failure("inspect", adapter, "--plot", tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- parameters
 
 
@@ -358,11 +447,11 @@ def test_a_long_record_loses_its_prompts_start_first() -> None:
     assert (tokenizer.decode(encoded.token_ids), encoded.num_prompt_tokens) == ("the table is", 0)
 
 
-def test_the_package_needs_nothing_of_the_commands_and_the_command_says_what_it_lacks() -> None:
+def test_the_package_needs_nothing_of_its_extras_and_the_command_says_what_it_lacks() -> None:
     program = """
 import sys
 import peft_prefix_plus
-assert not {"typer", "peft_prefix_plus.cli"} & set(sys.modules)
+assert not {"typer", "matplotlib", "peft_prefix_plus.cli"} & set(sys.modules)
 sys.modules["typer"] = None
 from peft_prefix_plus.cli import main
 main(["params"])

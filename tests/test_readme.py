@@ -93,6 +93,7 @@ def test_pages_with_code_are_found() -> None:
         "README.md",
         "adapters.md",
         "configuration.md",
+        "diagnostics.md",
         "method.md",
         "migration.md",
         "quickstart.md",

@@ -3,14 +3,18 @@
 from .config_view import ConfigView, model_config, reads_implementation, set_config
 from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
 from .inline import UNSUPPORTED, InlineAttention, InlineHooks, may_compute_attention, require_complete
+from .mass import Observer, observed_attention
 from .prefix import Prefix, concatenated
+from .reference import AttentionOutput
 
 
 __all__ = [
     "UNSUPPORTED",
+    "AttentionOutput",
     "ConfigView",
     "InlineAttention",
     "InlineHooks",
+    "Observer",
     "Prefix",
     "attend_as_base",
     "attention_family",
@@ -18,6 +22,7 @@ __all__ = [
     "eager_attention_function",
     "may_compute_attention",
     "model_config",
+    "observed_attention",
     "prefix_attention",
     "reads_implementation",
     "require_complete",

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .mass import Observer, prefix_probabilities
 from .prefix import Prefix
 from .reference import added_attention, concatenated_attention, finite_additive
 
@@ -129,6 +130,7 @@ class InlineAttention(TorchFunctionMode):
     Args:
         module (`nn.Module`): The module.
         source (`PrefixSource`, *optional*): Where prefixes come from. Without it, what is computed stays the same.
+        observe (`Observer`, *optional*): Told of the attention that falls on the prefix.
 
     Attributes:
         attended (`list`): Of every computation of attention that was followed to its end, the queries (batch,
@@ -137,10 +139,11 @@ class InlineAttention(TorchFunctionMode):
         lost_at (`list[str]`): The operations at which scores could not be followed further.
     """
 
-    def __init__(self, module: nn.Module, source: PrefixSource | None = None) -> None:
+    def __init__(self, module: nn.Module, source: PrefixSource | None = None, observe: Observer | None = None) -> None:
         super().__init__()
         self.module = module
         self.source = source
+        self.observe = observe
         self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.num_softmaxes = 0
         self.lost_at: list[str] = []
@@ -273,6 +276,10 @@ class InlineAttention(TorchFunctionMode):
             probabilities = state.of_prefix.reshape(*query.shape[:-1], -1)
             attended = probabilities @ state.prefix.value.to(probabilities.dtype)
             output = output + attended.to(output.dtype).reshape(output.shape)
+            if self.observe is not None:
+                self.observe(probabilities)
+        elif self.observe is not None and state.added:
+            self.observe(None)
         for added in state.added:
             attended = added_attention(query, added.to(query, value), state.scores.scale).transpose(1, 2)
             output = output + attended.to(output.dtype).reshape(output.shape)
@@ -308,6 +315,10 @@ class InlineAttention(TorchFunctionMode):
                 lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix,
                 **causal_mask,
             )[0]  # fmt: skip
+            if self.observe is not None:
+                self.observe(prefix_probabilities(query, key, prefix, attn_mask, is_causal, scale))
+        if prefix is None and added_prefixes and self.observe is not None:
+            self.observe(None)
         for added in added_prefixes:
             output = output + added_attention(query, added, scale).transpose(1, 2)
         return output
@@ -330,6 +341,9 @@ class InlineHooks:
         source (`PrefixSource`, *optional*): Where prefixes come from.
         is_needed (`Callable`): Asked before every forward: whether to follow it.
         finish (`Callable`): Called with the [`InlineAttention`] after every forward that was followed.
+
+    Attributes:
+        observe (`Observer`, *optional*): Told of the attention that falls on the prefix, while set.
     """
 
     def __init__(
@@ -343,6 +357,7 @@ class InlineHooks:
         self.is_needed = is_needed
         self.finish = finish
         self.is_suspended = False
+        self.observe: Observer | None = None
         self._running: list[InlineAttention | None] = []
         self._handles = [
             module.register_forward_pre_hook(self._enter),
@@ -351,7 +366,7 @@ class InlineHooks:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         is_followed = not self.is_suspended and self.is_needed()
-        mode = InlineAttention(module, self.source) if is_followed else None
+        mode = InlineAttention(module, self.source, self.observe) if is_followed else None
         self._running.append(mode)
         if mode is not None:
             mode.__enter__()

@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
 from ..demo import DemoSettings, run_demo
-from . import conversion, generation, parameters, training
+from . import conversion, generation, inspection, parameters, training
 from .options import command
 
 
@@ -43,6 +43,12 @@ def convert(settings: conversion.ConversionSettings) -> None:
 def params(settings: parameters.CountingSettings) -> None:
     """Count the trainable parameters of every reparameterization and sharing; no weights are needed."""
     parameters.params(settings)
+
+
+@command(app, {"Options": inspection.InspectionSettings})
+def inspect(settings: inspection.InspectionSettings) -> None:
+    """Show what the prefix in each layer of an adapter is like and, with data, how much attention it draws."""
+    inspection.inspect(settings)
 
 
 @command(app, {"Options": DemoSettings})

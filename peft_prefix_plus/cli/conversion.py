@@ -49,7 +49,7 @@ def convert(settings: ConversionSettings) -> str:
             f"{settings.adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus converts PREFIX_TUNING "
             "and PREFIX_PLUS adapters."
         )
-    base = load_model(base_model_name(config, settings.adapter, settings.model), settings.dtype)
+    base = load_model(base_model_name(settings.adapter, config, settings.model), settings.dtype)
     with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot convert the adapter {settings.adapter!r}"):
         if config.peft_type == PREFIX_PLUS:
             to_prefix_tuning(PeftModel.from_pretrained(base, settings.adapter), save_directory=settings.output)

@@ -6,9 +6,12 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.utils import load_peft_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
+from ..config import PrefixPlusConfig
+from ..model import PrefixPlusModel
 from ..registration import PREFIX_PLUS
 from .errors import CommandError, shown_as_command_error
 
@@ -53,26 +56,52 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_adapter_config(adapter: str) -> PeftConfig:
     """
-    Load an adapter's configuration.
+    Load the configuration of an adapter of any method.
 
     Args:
         adapter (`str`): A directory or a name on the Hub.
+
+    Raises:
+        CommandError: If there is none.
     """
     with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
         config: PeftConfig = PeftConfig.from_pretrained(adapter)
     return config
 
 
-def base_model_name(config: PeftConfig, adapter: str, model: str | None) -> str:
-    """Return the base model that is asked for, or else the one that the adapter names."""
+def load_config(adapter: str) -> PrefixPlusConfig:
+    """
+    Load the configuration of an adapter of PREFIX_PLUS.
+
+    Args:
+        adapter (`str`): A directory or a name on the Hub.
+
+    Raises:
+        CommandError: If there is none, or it is another method's.
+    """
+    config: Any = load_adapter_config(adapter)
+    if config.peft_type != PREFIX_PLUS:
+        raise CommandError(
+            f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus loads PREFIX_PLUS adapters."
+        )
+    return config
+
+
+def base_model_name(adapter: str, config: PeftConfig, model: str | None, option: str = "--model") -> str:
+    """
+    Return the name of an adapter's base model: the one given by an option, or else the one in the configuration.
+
+    Raises:
+        CommandError: If neither names one.
+    """
     base = model or config.base_model_name_or_path
     if not base:
-        raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by --model.")
+        raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by {option}.")
     return base
 
 
 def load_adapted_model(
-    adapter: str, model: str | None = None, dtype: str = "auto"
+    adapter: str, model: str | None = None, dtype: str = "auto", option: str = "--model"
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """
     Load an adapter with its base model, ready to generate, and the tokenizer that it was trained with.
@@ -81,19 +110,59 @@ def load_adapted_model(
         adapter (`str`): A directory or a name on the Hub.
         model (`str`, *optional*): The base model; `None` means the one that the adapter names.
         dtype (`str`): The base model's dtype, as in [`load_model`].
+        option (`str`): The option that `model` is given by.
 
     Returns:
         `tuple`: The model and the tokenizer.
     """
-    config = load_adapter_config(adapter)
-    if config.peft_type != PREFIX_PLUS:
-        raise CommandError(
-            f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus loads PREFIX_PLUS adapters."
-        )
-    base = base_model_name(config, adapter, model)
+    base = base_model_name(adapter, load_config(adapter), model, option)
     base_model = load_model(base, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
         adapted = PeftModel.from_pretrained(base_model, adapter)
     has_tokenizer = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
     is_directory = os.path.isdir(adapter)
     return adapted.eval(), load_tokenizer(adapter if has_tokenizer or not is_directory else base)
+
+
+def load_without_base_weights(adapter: str, model: str | None = None, option: str = "--model") -> PeftModel:
+    """
+    Load an adapter over a base model without weights, of which only the configuration is read.
+
+    Args:
+        adapter (`str`): A directory or a name on the Hub.
+        model (`str`, *optional*): The base model; `None` means the one that the adapter names.
+        option (`str`): The option that `model` is given by.
+    """
+    config = load_config(adapter)
+    base_model = model_on_meta_device(base_model_name(adapter, config, model, option))
+    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
+        adapted: Any = get_peft_model(base_model, config)
+        weights = load_peft_weights(adapter, device="cpu")
+        weights = PrefixPlusModel._remap_adapter_state_dict_for_load(adapted, config, "default", weights)
+    # not by PEFT's own loading, which brings the weights to the base model's device: there they would be lost
+    adapted.load_state_dict(weights, strict=False, assign=True)
+    return adapted.eval()
+
+
+def model_on_meta_device(name: str | None) -> Any:
+    """
+    Build a model without weights.
+
+    Args:
+        name (`str`, *optional*): A directory or a name on the Hub, whose config.json is read; `None` means Llama-2-7B.
+    """
+    config: Any
+    if name is None:
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            tie_word_embeddings=False,
+        )
+    else:
+        with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the configuration of {name!r}"):
+            config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"), shown_as_command_error(ValueError, while_doing=f"Cannot build {name!r}"):
+        return AutoModelForCausalLM.from_config(config)

@@ -1,6 +1,7 @@
 """Command-line options made from the fields of dataclasses, so that no option is written down a second time.
 
-A field's name, type, default and `metadata["help"]` become an option's. The command then gets one instance per dataclass.
+A field's name, type, default and `metadata["help"]` become an option's; with `metadata["is_argument"]`, those of an argument,
+which is given without its name. The command then gets one instance per dataclass.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def command(
 
 
 def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str) -> inspect.Parameter:
-    """Return the parameter that makes typer offer a dataclass's field as an option, in the help under a title."""
+    """Return the parameter that makes typer offer a dataclass's field as an option (or argument), in the help under a title."""
     allowed = _alternatives(typing.get_type_hints(group)[field.name])
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     name = f"--{field.name.replace('_', '-')}"
@@ -79,11 +80,15 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
         settings.update(parser=value_parser(allowed), metavar="|".join(sorted(map(_describe, allowed))))
     if default is None:
         annotation = annotation | None
+    if field.metadata.get("is_argument", False):
+        declared: Any = typer.Argument(**{**settings, "rich_help_panel": None})
+    else:
+        declared = typer.Option(name, **settings)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[annotation, typer.Option(name, **settings)],
+        annotation=Annotated[annotation, declared],
     )
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ..config import REPARAMETERIZATIONS, SHARINGS, PrefixPlusConfig
 from .errors import shown_as_command_error
+from .loading import model_on_meta_device
 
 
 @dataclass(kw_only=True)
@@ -96,27 +95,3 @@ def count_all(settings: CountingSettings) -> Iterator[Count]:
             trainable, total = adapted.get_nb_trainable_parameters()
             yield Count(reparameterization, "" if reparameterization == "none" else sharing, trainable, total)
             model = adapted.unload()
-
-
-def model_on_meta_device(name: str | None) -> Any:
-    """
-    Build a model without weights.
-
-    Args:
-        name (`str`, *optional*): A directory or a name on the Hub, whose config.json is read; `None` means Llama-2-7B.
-    """
-    config: Any
-    if name is None:
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            tie_word_embeddings=False,
-        )
-    else:
-        with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the configuration of {name!r}"):
-            config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"), shown_as_command_error(ValueError, while_doing=f"Cannot build {name!r}"):
-        return AutoModelForCausalLM.from_config(config)
