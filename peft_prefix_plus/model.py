@@ -127,16 +127,26 @@ class PrefixPlusModel(BaseTuner):
     def _start_from_activations(self, model: nn.Module, adapter_name: str) -> None:
         """Let the prefix start from the base model's own keys and values, if its configuration says so."""
         config: Any = self.peft_config[adapter_name]
+        assert self._selection is not None
+        geometries = self._selection.modules
+        if any(geometry.key.is_meta for geometry in geometries.values()):
+            if not config.awaits_weights and (config.prefix_scaling is None or starts_from_activations(config)):
+                warnings.warn(
+                    f"{type(model).__name__} has no weights yet (it is on the meta device), so its keys and values could not "
+                    "be measured: the prefix is scaled as if their standard deviation were 1, and starts at random. Load the "
+                    "weights first, if the adapter is to be trained here.",
+                    stacklevel=2,
+                )
+            return
         encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
         if not starts_from_activations(config) or any(encoder.is_empty() for encoder in encoders.values()):
             return  # empty: built to be filled by a checkpoint
-        assert self._selection is not None
         length, keeps_values = config.num_virtual_tokens, not config.decoupled
         fit(
             encoders,
             {
                 name: (repeated(geometry.key, length), repeated(geometry.value, length) * keeps_values)
-                for name, geometry in self._selection.modules.items()
+                for name, geometry in geometries.items()
             },
         )
 

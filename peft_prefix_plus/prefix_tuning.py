@@ -29,6 +29,7 @@ from torch import nn
 from .config import PrefixPlusConfig
 from .conversion import prefix_key_values
 from .geometry import attention_modules, evaluating, recording
+from .initialization import initialize_from_key_values
 from .model import PrefixPlusModel, layers_with_adapter
 from .rotation import Rotation, candidate_rotations, closest_rotation
 from .targets import select_modules
@@ -118,10 +119,9 @@ def from_prefix_tuning(
             recorded, expected = _record(base, lambda: source(**inputs))
         prefixed = _prefixed_by(recorded, inputs["input_ids"].shape[1], length)
         rotations, rounding = _rotations(base, source, prefixed, inputs, length)
-        tensors = {}
-        for name, (key, value) in prefixed.items():
-            tensors[f"{name}.key"] = rotations[name].rotate(key, -length)
-            tensors[f"{name}.value"] = value
+        key_values = {
+            name: (rotations[name].rotate(key, -length), value) for name, (key, value) in prefixed.items()
+        }
         saved_modules = {
             key.removeprefix("base_model."): tensor.clone()
             for key, tensor in get_peft_model_state_dict(source, adapter_name=str(source.active_adapter)).items()
@@ -132,7 +132,8 @@ def from_prefix_tuning(
         config = _plus_config(base, source_config, list(prefixed))
         result = get_peft_model(base, config, adapter_name=adapter_name)
         try:
-            _fill(result, adapter_name, tensors, saved_modules)
+            initialize_from_key_values(result, key_values, adapter_name)
+            _fill_saved_modules(result, adapter_name, saved_modules)
             with evaluating(result), torch.no_grad():
                 found = result(**inputs)[0]
             _check_equal(base, found, expected, rounding, length)
@@ -291,8 +292,12 @@ def _plus_config(base: Any, source: Any, prefixed: list[str]) -> PrefixPlusConfi
 def _tuning_config(base: Any, config: Any, prefixes: Mapping[str, Any]) -> PrefixTuningConfig:
     """Return the configuration of PREFIX_TUNING for these prefixes, or raise if it has none for them."""
     _check_task(base, config.task_type)
-    if config.gating:
-        raise ValueError("PREFIX_TUNING has no gate, so an adapter with gating=True cannot be expressed in it.")
+    for name in ("gating", "decoupled"):
+        if getattr(config, name):
+            raise ValueError(
+                f"In PREFIX_TUNING the prefix shares the softmax of the real tokens, so an adapter with {name}=True cannot be "
+                "expressed in it."
+            )
     layers = [name for name in attention_modules(base) if name in prefixes]
     everywhere = list(select_modules(base, PrefixPlusConfig()).modules)
     num_layers = base.config.get_text_config().num_hidden_layers
@@ -331,15 +336,15 @@ def _token_shape(prefixes: Mapping[str, Any]) -> tuple[int, int]:
     return key.shape[0] * key.shape[2], key.shape[0]
 
 
-def _fill(
-    model: PeftModel, adapter_name: str, tensors: Mapping[str, torch.Tensor], saved_modules: Mapping[str, torch.Tensor]
-) -> None:
-    """Give a new adapter its prefix and its modules that are saved in full."""
+def _fill_saved_modules(model: PeftModel, adapter_name: str, saved_modules: Mapping[str, torch.Tensor]) -> None:
+    """Give a new adapter its modules that are saved in full."""
+    if not saved_modules:
+        return
     state_dict = dict(get_peft_model_state_dict(model, adapter_name=adapter_name))
     for key, tensor in state_dict.items():
         name = key.removeprefix("base_model.model.")
-        own = name.replace(".prefix_plus.prefix_plus_encoder.", ".")
-        state_dict[key] = (tensors[own] if own in tensors else saved_modules[name]).to(tensor)
+        if name in saved_modules:
+            state_dict[key] = saved_modules[name].to(tensor)
     set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
 
 
