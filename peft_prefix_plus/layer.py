@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -209,7 +210,13 @@ class PrefixPlusLayer(nn.Module, BaseTunerLayer):
             # generation repeats each row of the input for its beams and returned sequences
             rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
             mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
-        return Prefix(key, value, mask, self.prefix_plus_gate.get(adapter_name))
+        return Prefix(key, value, mask, self._gate(adapter_name))
+
+    def _gate(self, adapter_name: str) -> torch.Tensor | None:
+        if not hasattr(self.prefix_plus_gate, "_hf_hook"):
+            return self.prefix_plus_gate.get(adapter_name)
+        with align_module_device(self.prefix_plus_gate):  # accelerate brings weights to where a module's forward runs
+            return self.prefix_plus_gate.get(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""
