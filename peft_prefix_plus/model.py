@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from .fitting import fit, repeated
 from .geometry import calls_attention_interface
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
-from .registration import METHOD_NAME
+from .others import keeping_others_modules, leave_modules_to_others, require_free_name
+from .registration import METHOD_NAME, PREFIX_PLUS
 from .scaling import starts_from_activations
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
@@ -79,6 +80,12 @@ class PrefixPlusModel(BaseTuner):
 
     # ------------------------------------------------------------------------------------------------ building
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        require_free_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        # A tuner of another method shares this dict through the model, and takes it from there when it is unloaded.
+        self.peft_config = self.peft_config
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -110,7 +117,11 @@ class PrefixPlusModel(BaseTuner):
                 if calls_attention_interface(module):
                     attention_family(model_config(module)._attn_implementation)
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            with keeping_others_modules(model, self._adapter_names()):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if adapter_name in self.active_adapters:
+                # PEFT leaves its copy of a module inactive where an adapter of another method has one too
+                self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
             _check_adapter_name(model, adapter_name)
             self._start_from_activations(model, adapter_name)
             if not config.awaits_weights:
@@ -190,22 +201,44 @@ class PrefixPlusModel(BaseTuner):
         """Yield the name of every attention module that carries a prefix, and its [`PrefixPlusLayer`]."""
         return prefix_layers(self.model)
 
+    def _adapter_names(self) -> list[str]:
+        """The names of the adapters of this method; `peft_config` also has those of other methods on the model."""
+        return [name for name, config in self.peft_config.items() if config.peft_type == PREFIX_PLUS]
+
+    def _check_adapters(self, names: Sequence[str]) -> None:
+        for name in names:
+            config: Any = self.peft_config.get(name)
+            own = sorted(self._adapter_names())
+            if config is None:
+                raise ValueError(f"There is no adapter named {name!r}; the adapters are {own}.")
+            if name not in own:
+                raise ValueError(
+                    f"The adapter {name!r} is one of {config.peft_type.value}: set, delete or unload it by the PeftModel "
+                    f"that added it, or by the functions of peft.functional. The adapters of PREFIX_PLUS are {own}."
+                )
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
-        Set the active adapter, or several at once: their prefixes then stand one after the other.
+        Set the active adapter, or several at once: their prefixes then stand one after the other. An empty list
+        switches all prefixes off. Adapters of other methods that the model has are left as they are.
 
         Args:
             adapter_name (`str` or `list[str]`): The name or names.
             inference_mode (`bool`, defaults to `False`): Whether to freeze the activated adapters.
 
         Raises:
-            ValueError: If there is no adapter of that name.
+            ValueError: If there is no PREFIX_PLUS adapter of that name.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There is no adapter named {unknown[0]!r}; the adapters are {sorted(self.peft_config)}.")
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._check_adapters(names)
+        with keeping_others_modules(self.model, self._adapter_names()):
+            if names:
+                super().set_adapter(adapter_name, inference_mode=inference_mode)
+                return
+            for module in self.model.modules():  # PEFT's own function refuses an empty list
+                if isinstance(module, (PrefixPlusLayer, AuxiliaryTrainingWrapper)):
+                    module.set_adapter([])
+            self.active_adapter = []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -215,24 +248,22 @@ class PrefixPlusModel(BaseTuner):
             adapter_name (`str`): The name.
 
         Raises:
-            ValueError: If there is no adapter of that name.
+            ValueError: If there is no PREFIX_PLUS adapter of that name.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"There is no adapter named {adapter_name!r}; the adapters are {sorted(self.peft_config)}."
-            )
+        self._check_adapters([adapter_name])
         del self.peft_config[adapter_name]
         self._before_loading.pop(adapter_name, None)
         active = [name for name in self.active_adapters if name != adapter_name]
         was_active = adapter_name in self.active_adapters
-        if was_active and not active and self.peft_config:
-            active = [next(iter(self.peft_config))]
+        if was_active and not active and self._adapter_names():
+            active = self._adapter_names()[:1]
             warnings.warn(
                 f"Adapter {adapter_name} was active and is now deleted. The active adapter is now {active[0]}.",
                 stacklevel=2,
             )
         _remove_adapter(self.model, adapter_name)
-        _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
+        with keeping_others_modules(self.model, [adapter_name, *self._adapter_names()]):
+            _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
         if was_active and active:
             self.set_adapter(active)
         elif was_active:
@@ -252,10 +283,10 @@ class PrefixPlusModel(BaseTuner):
             return
         if self.training:
             raise ValueError("`adapter_names` cannot be used in training. Call model.eval() first.")
-        unknown = [name for name in adapter_names if name != BASE_MODEL_NAME and name not in self.peft_config]
+        unknown = [name for name in adapter_names if name not in (BASE_MODEL_NAME, *self._adapter_names())]
         if unknown:
             raise ValueError(
-                f"`adapter_names` has {unknown[0]!r}; the adapters are {sorted(self.peft_config)}, and "
+                f"`adapter_names` has {unknown[0]!r}; the adapters are {sorted(self._adapter_names())}, and "
                 f"{BASE_MODEL_NAME!r} stands for none."
             )
         layers = [layer for _, layer in self.prefix_layers()]
@@ -276,7 +307,7 @@ class PrefixPlusModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """
-        Return the base model, with every trace of the adapters removed.
+        Return the base model, with every trace of the adapters removed. Adapters of other methods stay.
 
         Returns:
             `nn.Module`: The base model, with the modules and config objects that it had before.
@@ -284,6 +315,12 @@ class PrefixPlusModel(BaseTuner):
         for _, layer in list(self.prefix_layers()):
             detach(layer.attention)
         remove_shared_parts(self.model)
+        if len(self._adapter_names()) < len(self.peft_config):
+            leave_modules_to_others(self.model, self._adapter_names(), self.peft_config)
+            for name in self._adapter_names():
+                del self.peft_config[name]
+            self.active_adapter = []
+            return self.model
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])  # or else the active adapter's copy of the module would stay in the model

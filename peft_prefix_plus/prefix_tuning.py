@@ -119,9 +119,7 @@ def from_prefix_tuning(
             recorded, expected = _record(base, lambda: source(**inputs))
         prefixed = _prefixed_by(recorded, inputs["input_ids"].shape[1], length)
         rotations, rounding = _rotations(base, source, prefixed, inputs, length)
-        key_values = {
-            name: (rotations[name].rotate(key, -length), value) for name, (key, value) in prefixed.items()
-        }
+        key_values = {name: (rotations[name].rotate(key, -length), value) for name, (key, value) in prefixed.items()}
         saved_modules = {
             key.removeprefix("base_model."): tensor.clone()
             for key, tensor in get_peft_model_state_dict(source, adapter_name=str(source.active_adapter)).items()

@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import DynamicCache
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 
@@ -262,6 +263,28 @@ def loss_of(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
         return outputs.loss
     hidden = main_output(outputs)
     return (hidden - torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).square().mean()
+
+
+def cached_prefix(model: Any, leaves: dict[str, torch.Tensor], rows: int, tokens: int) -> dict[str, Any]:
+    """
+    The arguments by which a plain decoder attends to prefixes as to keys and values that are in its cache beforehand,
+    at the positions of the real tokens alone.
+
+    Args:
+        model: The plain model.
+        leaves: The keys and values (heads, prefix_tokens, dim), by the names of their parameters in the adapted model.
+        rows: Rows of the input.
+        tokens: Tokens of the input.
+    """
+    cache = DynamicCache(config=model.config)
+    for index in range(model.config.num_hidden_layers):
+        key, value = (
+            next(leaf for name, leaf in leaves.items() if f"layers.{index}." in name and name.endswith(f".{part}"))
+            for part in ("key", "value")
+        )
+        dtype = next(model.parameters()).dtype
+        cache.update(key.to(dtype).expand(rows, -1, -1, -1), value.to(dtype).expand(rows, -1, -1, -1), index)
+    return {"past_key_values": cache, "position_ids": torch.arange(tokens).expand(rows, -1)}
 
 
 def prefix_layers(model: nn.Module) -> dict[str, PrefixPlusLayer]:

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    QuantizedCache,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -141,6 +142,102 @@ def test_an_encoder_decoder_cache_generates_what_no_cache_generates():
     for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         expected = generate(model, ids(2), use_cache=False, num_beams=options.get("num_beams", 1))
         assert torch.equal(generate(model, ids(2), **options), expected)
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_a_quantized_cache_holds_real_tokens_only(backend):
+    if backend != "fp8":
+        pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    options = {} if backend == "fp8" else {"nbits": 4, "q_group_size": 8, "residual_length": 1}
+    model, tokens, caches = adapted(), ids(1, 12), []
+
+    def run():
+        caches.append(QuantizedCache(backend=backend, config=model.config, **options))
+        parts = [model(tokens[:, start:end], past_key_values=caches[-1]).logits for start, end in ((0, 9), (9, 12))]
+        assert caches[-1].get_seq_length() == 12
+        return parts
+
+    with torch.no_grad():
+        first, second = run()
+        exact = model(tokens).logits
+        with model.disable_adapter():
+            base_second, base_exact = run()[1], model(tokens).logits
+    stored = [[layer._dequantize(layer._quantized_keys) for layer in cache.layers] for cache in caches]
+    # the first layer's keys know of no prefix yet, and later ones do
+    assert torch.equal(stored[0][0], stored[1][0])
+    assert not torch.equal(stored[0][1], stored[1][1])
+    torch.testing.assert_close(first, exact[:, :9], rtol=0, atol=1e-5)  # computed from what was not yet rounded
+    # the prefix is not rounded: what is lost is about what the base model loses
+    lost, base_lost = (second - exact[:, 9:]).norm(), (base_second - base_exact[:, 9:]).norm()
+    assert 0 < lost < 3 * base_lost
+    generated = generate(model, ids(2), cache_implementation="quantized", cache_config={"backend": backend, **options})
+    assert generated.shape == (2, 17)
+
+
+def test_decoding_from_a_list_of_allowed_tokens():
+    model, allowed = adapted(), {0: [5, 6, 7], 1: [40, 41]}
+    options = {"prefix_allowed_tokens_fn": lambda row, tokens: allowed[row], "num_beams": 2}
+
+    found = generate(model, ids(2), **options)
+
+    assert torch.equal(found, generate(model, ids(2), use_cache=False, **options))
+    for row in (0, 1):
+        assert set(found[row, 9:].tolist()) <= set(allowed[row])
+
+
+def test_a_model_with_a_prefix_makes_drafts():
+    model, assistant = adapted(), adapted()
+
+    def generate_with(model):
+        return generate(model, ids(), assistant_model=assistant)
+
+    assert torch.equal(generate_with(model), generate(model, ids()))
+    with model.disable_adapter():
+        assert torch.equal(generate_with(model), generate(model, ids()))
+
+
+def test_early_layers_make_drafts():
+    model = adapted()
+    assert torch.equal(generate(model, ids(), assistant_early_exit=2), generate(model, ids()))
+
+
+def contrastive_search(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+    """
+    The search of arXiv 2202.06417, as a decoding of one's own: each of the most likely tokens is tried, and the one is
+    taken that is likely and leads to a hidden state unlike those before. The cache is repeated and selected from.
+    """
+    cache = DynamicCache(config=model.config)
+    outputs = model(input_ids, past_key_values=cache, output_hidden_states=True)
+    context, logits = outputs.hidden_states[-1], outputs.logits
+    for _ in range(generation_config.max_new_tokens):
+        probabilities, candidates = logits[:, -1].softmax(dim=-1).topk(generation_config.top_k)
+        cache.batch_repeat_interleave(generation_config.top_k)
+        outputs = model(candidates.reshape(-1, 1), past_key_values=cache, output_hidden_states=True)
+        hidden = outputs.hidden_states[-1]
+        likeness = torch.cosine_similarity(context, hidden, dim=-1).amax(dim=-1)
+        best = (probabilities[0] - likeness).argmax().view(1)
+        cache.batch_select_indices(best)
+        logits, context = outputs.logits[best], torch.cat([context, hidden[best]], dim=1)
+        input_ids = torch.cat([input_ids, candidates[:, best]], dim=1)
+    return input_ids
+
+
+def contrastive_search_without_a_cache(model, input_ids, top_k, max_new_tokens):
+    for _ in range(max_new_tokens):
+        probabilities, candidates = model(input_ids).logits[0, -1].softmax(dim=-1).topk(top_k)
+        tried = torch.cat([input_ids.expand(top_k, -1), candidates[:, None]], dim=1)
+        hidden = model(tried, output_hidden_states=True).hidden_states[-1]
+        likeness = torch.cosine_similarity(hidden[:, :-1], hidden[:, -1:], dim=-1).amax(dim=-1)
+        input_ids = tried[(probabilities - likeness).argmax()][None]
+    return input_ids
+
+
+def test_a_decoding_of_ones_own_repeats_and_selects_from_the_cache():
+    model = adapted()
+    with torch.no_grad():
+        expected = contrastive_search_without_a_cache(model, ids(), 4, 8)
+    assert torch.equal(generate(model, ids(), custom_generate=contrastive_search, top_k=4), expected)
+    assert not torch.equal(expected, generate(model, ids()))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -27,15 +27,16 @@ class ImplementationName(str):
     must see their model's own, while the registry of attention functions must find ours.
     """
 
+    own_name: str
     registered_name: str
 
     def __new__(cls, name: str, registered_name: str) -> Self:
         self = super().__new__(cls, name)
-        self.registered_name = registered_name
+        self.own_name, self.registered_name = name, registered_name
         return self
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or str.__eq__(self.registered_name, other) is True
+        return other == self.own_name or other == self.registered_name
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -57,13 +58,18 @@ class ConfigView:
     """
 
     def __init__(self, config: Any, implementation: str, is_compared: bool = False) -> None:
-        vars(self).update(_config=config, _implementation=implementation, _is_compared=is_compared)
+        vars(self).update(_config=config, _implementation=implementation, _is_compared=is_compared, _names={})
+        if is_compared:
+            self._name_of(config._attn_implementation)  # made beforehand: torch.compile can only look it up
 
     @property
     def _attn_implementation(self) -> str:
-        if self._is_compared:
-            return ImplementationName(self._config._attn_implementation, self._implementation)
-        return self._implementation
+        return self._name_of(self._config._attn_implementation) if self._is_compared else self._implementation
+
+    def _name_of(self, name: str) -> str:
+        if name not in self._names:
+            self._names[name] = ImplementationName(name, self._implementation)
+        return self._names[name]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)

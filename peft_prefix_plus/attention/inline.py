@@ -72,6 +72,19 @@ BIASES = {"add", "radd", "iadd", "masked_fill", "where", "max", "maximum", "clam
 RESHAPES = {"view", "reshape", "contiguous", "to", "float", "type", "type_as", "unsqueeze", "squeeze", "clone"}
 PROBABILITY_KEEPING = {*RESHAPES, "masked_fill"}
 TRANSPOSES = {"transpose", "permute"}
+SOFTMAXES = {"softmax", "scaled_dot_product_attention"}
+
+
+def _known_operations() -> dict[Any, str]:
+    """The functions that are called by the names above."""
+    known = PRODUCTS | SCALINGS | BIASES | RESHAPES | TRANSPOSES | SOFTMAXES | {"dropout"}
+    names = [(owner, name) for owner in (torch, torch.Tensor, nn.functional) for name in dir(owner)]
+    functions = {getattr(owner, name): name.strip("_") for owner, name in names if name.strip("_") in known}
+    return {function: name for function, name in functions.items() if callable(function)}
+
+
+OPERATIONS = _known_operations()
+"""Their names by function: torch.compile can look a function up, but not handle its name."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,14 @@ class Probabilities:
     of_prefix: torch.Tensor | None = None
     prefix: Prefix | None = None
     added: tuple[Prefix, ...] = ()
+
+
+def operation_name(func: Any) -> str:
+    """The name of an operation, without underscores; while compiling, empty for one that is not known here."""
+    name = OPERATIONS.get(func)
+    if name is not None:
+        return name
+    return "" if torch.compiler.is_compiling() else getattr(func, "__name__", "").strip("_")
 
 
 @cache
@@ -164,7 +185,7 @@ class InlineAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
+        name = operation_name(func)
         if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
         if name == "softmax":

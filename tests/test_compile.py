@@ -1,0 +1,97 @@
+"""torch.compile and torch.export of adapted models, in one graph wherever the base model is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import adapter_parameters, loss_of, main_output, output_of, prefixed, tiny_model, token_ids
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    T5EncoderModel,
+)
+
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32}
+COMPILED = {
+    # asks for the name of its attention implementation
+    "GPT-2": lambda: tiny_model("gpt2"),
+    # write their attention out
+    "GPT-J": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
+    ),
+    "Bloom": lambda: BloomForCausalLM(BloomConfig(**SIZES, n_layer=1, n_head=4)),
+    "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZES, num_hidden_layers=1, num_attention_heads=4)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("gating", [False, True])
+def test_a_model_compiles_into_one_graph(name, gating):
+    torch.compiler.reset()
+    model = prefixed(COMPILED[name]().eval(), gating=gating)
+    gradients = []
+    for each in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        model.zero_grad()
+        loss_of(each, input_ids=token_ids()).backward()  # transformers' own loss of GPT-2 breaks the graph
+        gradients.append({key: parameter.grad.clone() for key, parameter in adapter_parameters(model).items()})
+
+    for key, expected in gradients[0].items():
+        assert expected.abs().max() > 0
+        # the backward's sums over the heads and rows are in another order
+        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-5, atol=1e-6)
+
+
+def t5_encoder():
+    return T5EncoderModel._from_config(tiny_model("t5", "SEQ_2_SEQ_LM").config, attn_implementation="sdpa").eval()
+
+
+EXPORTED = {
+    "Llama": lambda: tiny_model("llama"),
+    "GPT-2": lambda: tiny_model("gpt2"),
+    "BERT classifier": lambda: tiny_model("bert", "SEQ_CLS"),
+    "T5 encoder": t5_encoder,
+}
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_model_is_exported_for_batches_and_texts_of_any_size(name, strict):
+    model = prefixed(EXPORTED[name]())
+    options = {"use_cache": False} if name in ("Llama", "GPT-2") else {}
+    inputs = {"input_ids": token_ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    free = dict.fromkeys(range(2), torch.export.Dim.AUTO)
+
+    with torch.no_grad():
+        # the base model, with the prefix in it: a PeftModel's own forward names no arguments to give sizes to
+        program = torch.export.export(
+            model.get_base_model(),
+            (),
+            {**inputs, **options},
+            dynamic_shapes={**dict.fromkeys(inputs, free), **dict.fromkeys(options)},
+            strict=strict,
+        )
+
+    other = {"input_ids": token_ids(3, 9, seed=2), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    other["attention_mask"][0, :2] = 0
+    expected = output_of(model, **other)
+    torch.testing.assert_close(main_output(program.module()(**other, **options)), expected, rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert (output_of(model, **other) - expected).abs().max() > 1e-3
+
+
+def test_a_peft_model_is_exported():
+    model = prefixed(tiny_model(), task_type="CAUSAL_LM")
+    inputs = {"input_ids": token_ids(), "use_cache": False}
+
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs)
+
+    assert torch.equal(main_output(program.module()(**inputs)), output_of(model, **inputs))
