@@ -236,7 +236,7 @@ class PrefixPlusModel(BaseTuner):
                 super().set_adapter(adapter_name, inference_mode=inference_mode)
                 return
             for module in self.model.modules():  # PEFT's own function refuses an empty list
-                if isinstance(module, (PrefixPlusLayer, AuxiliaryTrainingWrapper)):
+                if isinstance(module, (PrefixPlusModule, AuxiliaryTrainingWrapper)):
                     module.set_adapter([])
             self.active_adapter = []
 
