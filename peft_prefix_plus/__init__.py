@@ -3,7 +3,9 @@
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
 from .conversion import flatten, prefix_key_values
+from .fitting import Residual
 from .geometry import PROBE_NAME, probe_attention
+from .initialization import initialize_from_key_values, initialize_from_text
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .registration import METHOD_NAME, register
@@ -13,7 +15,10 @@ __all__ = [
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
+    "Residual",
     "flatten",
+    "initialize_from_key_values",
+    "initialize_from_text",
     "prefix_key_values",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,8 @@ from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .config import PrefixPlusConfig
 
 
@@ -93,6 +95,13 @@ class PrefixEncoder(nn.Module):
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E_K (heads, tokens, key_dim) and E_V (heads, tokens, value_dim)."""
         raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        if self.scaling.dtype != scaling.dtype and not scaling.is_meta:
+            self.scaling = scaling.to(self.scaling.device)  # exact, whatever the dtype of the parameters
+        return self
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
