@@ -128,7 +128,8 @@ def _balanced(matrix: torch.Tensor, groups: list[list[_Cell]]) -> torch.Tensor:
     finds the projection, does not notice that.
     """
     blocks = matrix.split([group[0].encoder.shape.size for group in groups], dim=1)
-    parts = [part for block, group in zip(blocks, groups) for part in group[0].encoder.shape.split_columns(block)]
+    shapes = [group[0].encoder.shape for group in groups]
+    parts = [part for block, shape in zip(blocks, shapes, strict=True) for part in shape.split_columns(block)]
     return torch.cat([part / (part.norm() or 1.0) for part in parts], dim=1)
 
 
