@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .config import PrefixPlusConfig
 
 
@@ -72,8 +74,7 @@ class PrefixEncoder(nn.Module):
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
         self.shape = shape
-        # A buffer, and saved: it may have been measured on the base model's weights as they were when training began.
-        self.register_buffer("scaling", torch.ones(2))
+        self.register_buffer("scaling", torch.ones(2), persistent=False)
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on."""
@@ -94,6 +95,23 @@ class PrefixEncoder(nn.Module):
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E_K (heads, tokens, key_dim) and E_V (heads, tokens, value_dim)."""
         raise NotImplementedError
+
+    def set_scaling(self, factors: tuple[float, float], is_measured: bool) -> None:
+        """
+        Set the factors on the keys and on the values. What was measured is saved with the parameters, for later measurements
+        may differ; what the configuration says is not.
+        """
+        self.register_buffer("scaling", torch.tensor(factors, device="cpu"), persistent=is_measured)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scaling = self.scaling
+        super()._apply(fn, recurse)
+        # exact whatever the dtype of the parameters, and there even if they have no memory yet
+        if self.scaling.is_meta:
+            self.scaling = scaling
+        elif self.scaling.dtype != scaling.dtype and not scaling.is_meta:
+            self.scaling = scaling.to(self.scaling.device)
+        return self
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""

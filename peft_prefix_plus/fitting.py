@@ -37,8 +37,10 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
     Give encoders the parameters with which they produce what comes closest to the targets.
 
     - `"none"` produces the targets themselves.
-    - `"linear"` minimizes the squared error: the learned inputs P' are the left singular vectors of the targets of all
-      layers, put together as the layers share P' or the projection, and the projection follows by least squares. With as many columns in P' as there are rows, nothing is lost.
+    - `"linear"` minimizes the squared error, as a parameter stands for it (divided by the scaling), the keys and the values
+      that come from one projection in equal measure: the learned inputs P' are the left singular vectors of the targets of
+      all layers, put together as the layers share P' or the projection, and the projection follows by least squares. With as
+      many columns in P' as there are rows, nothing is lost.
     - `"mlp"` has a hidden layer at random, and its learned inputs and last layer are fitted in the same way.
 
     Args:
@@ -103,9 +105,7 @@ def _connected(cells: list[_Cell]) -> list[list[_Cell]]:
 def _fit_inputs(component: list[_Cell]) -> None:
     """Make the learned inputs of a component the leading left singular vectors of its targets, where they are too many."""
     rows = _grouped(component, "virtual_tokens")
-    # one input can only produce the mean of what those want who share the projection as well
-    means = [torch.cat([_mean(group) for group in _grouped(row, "output")], dim=1) for row in rows]
-    matrix = torch.cat(means)
+    matrix = _balanced(torch.cat([_wanted(row) for row in rows]), _grouped(rows[0], "output"))
     weights = [_parameters(row[0].encoder.part("virtual_tokens")).weight for row in rows]
     width, num_rows = weights[0].shape[1], matrix.shape[0]
     if num_rows <= width:
@@ -116,10 +116,21 @@ def _fit_inputs(component: list[_Cell]) -> None:
         weight[:, : part.shape[1]].copy_(part)
 
 
-def _mean(cells: list[_Cell]) -> torch.Tensor:
-    """The mean of targets, (tokens, size), with keys and values in equal measure."""
-    mean = torch.stack([cell.target for cell in cells]).mean(dim=0)
-    return torch.cat([part / (part.norm() or 1.0) for part in cells[0].encoder.shape.split_columns(mean)], dim=1)
+def _wanted(row: list[_Cell]) -> torch.Tensor:
+    """The targets of cells that share P', side by side: the mean of those that share the projection as well."""
+    groups = _grouped(row, "output")
+    return torch.cat([torch.stack([cell.target for cell in group]).mean(dim=0) for group in groups], dim=1)
+
+
+def _balanced(matrix: torch.Tensor, groups: list[list[_Cell]]) -> torch.Tensor:
+    """
+    Bring the keys of every projection, and the values, to norm 1. Only whole columns may be weighed: least squares, which
+    finds the projection, does not notice that.
+    """
+    blocks = matrix.split([group[0].encoder.shape.size for group in groups], dim=1)
+    shapes = [group[0].encoder.shape for group in groups]
+    parts = [part for block, shape in zip(blocks, shapes, strict=True) for part in shape.split_columns(block)]
+    return torch.cat([part / (part.norm() or 1.0) for part in parts], dim=1)
 
 
 def _fit_output(group: list[_Cell]) -> None:

@@ -208,6 +208,7 @@ def probe(
     wanted: Collection[str] = (),
     rejected: dict[str, str] | None = None,
     num_tokens: int = PROBE_TOKENS,
+    are_before: bool = False,
 ) -> dict[str, AttentionGeometry]:
     """
     Determine the geometry of the attention modules that a model's main input reaches, by one tiny forward.
@@ -222,6 +223,7 @@ def probe(
         rejected (`dict[str, str]`, *optional*): Filled with the modules that were reached and take a softmax in which a
             prefix cannot take part, and why not.
         num_tokens (`int`): How many tokens the forward has at least.
+        are_before (`bool`): Whether the tokens stand before a text (see [`positions_before`]).
 
     Returns:
         `dict[str, AttentionGeometry]`: By module name, in the model's order.
@@ -250,16 +252,19 @@ def probe(
         if all(name in found for name in targets):
             continue
         is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
+        inputs = probe_inputs(submodel, num_tokens)
+        if are_before and "input_ids" in inputs:
+            inputs.update(positions_before(submodel, num_tokens))
         with recording(modules, record, rejected.__setitem__), evaluating(submodel), gathering(submodel):
             try:
-                submodel(**probe_inputs(submodel, num_tokens))
+                submodel(**inputs)
             except Exception as error:
                 # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
                 # A wanted module may be reached through a submodel (CLIP's text model, where CLIP wants an image too).
                 if not wanted and not all(name in found or name in rejected for name in members):
                     raise ValueError(
                         f"Could not determine the shapes of the keys and values of {type(submodel).__name__}: a "
-                        f"forward with {sorted(probe_inputs(submodel, num_tokens))} failed ({type(error).__name__}: {error})."
+                        f"forward with {sorted(inputs)} failed ({type(error).__name__}: {error})."
                     ) from error
 
     found = {name: geometry for name, geometry in found.items() if name not in rejected}
@@ -346,8 +351,6 @@ def probe_inputs(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Ten
         inputs["input_features"] = _noise((1, config.num_mel_bins, frames), model.dtype, device)
     else:
         inputs["input_ids"] = _different_tokens(model, num_tokens + is_encoder_decoder, device)
-    if num_tokens > PROBE_TOKENS:
-        inputs.update(positions_before(model, num_tokens))
     return inputs
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .fitting import KeyValue, Residual, fit
-from .geometry import attention_modules, evaluating, positions_before, recording
+from .geometry import attention_modules, evaluating, execution_device, positions_before, recording
 from .model import base_of, layers_with_adapter
 
 
@@ -44,11 +43,12 @@ def initialize_from_text(
         `reparameterization="none"`.
 
     Raises:
-        ValueError: If the model has no such adapter, or the text is too short. The adapter is then as it was.
+        TypeError: If the base model is not one of transformers.
+        ValueError: If the model has no such adapter, the text is too short, the model cannot read it, or it does not reach
+            one of the adapter's attention modules. The adapter is then as it was.
     """
     layers = layers_with_adapter(model, adapter_name)
-    configs: Any = model.peft_config
-    num_tokens = configs[adapter_name].num_virtual_tokens
+    num_tokens = layers[0][1].prefix_key_value(adapter_name)[0].shape[1]
     token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if len(token_ids) < num_tokens:
         raise ValueError(
@@ -61,7 +61,13 @@ def initialize_from_text(
             stacklevel=2,
         )
     base = base_of(model)
-    key_values = _read(base, torch.tensor([token_ids[:num_tokens]], device=_device(base)))
+    key_values = _read(base, torch.tensor([token_ids[:num_tokens]], device=execution_device(base)))
+    unread = [name for name, _ in layers if name not in key_values]
+    if unread:
+        raise ValueError(
+            f"A text does not reach {', '.join(unread)}, where adapter {adapter_name!r} has a prefix. Use "
+            "initialize_from_key_values with keys and values for these modules too."
+        )
     return initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
 
 
@@ -97,7 +103,13 @@ def initialize_from_key_values(
         )
     with torch.no_grad():
         for name, encoder in encoders.items():
-            for kind, given, present in zip(("keys", "values"), key_values[name], encoder(), strict=True):
+            pair = key_values[name]
+            is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+            if not is_pair or not all(isinstance(each, torch.Tensor) for each in pair):
+                raise ValueError(
+                    f"`key_values` must have a tensor of keys and one of values for {name}, got {pair!r}."
+                )
+            for kind, given, present in zip(("keys", "values"), pair, encoder(), strict=True):
                 if given.shape != present.shape:
                     raise ValueError(
                         f"The {kind} of {name} must have shape {tuple(present.shape)} (heads, num_virtual_tokens, dim), got "
@@ -106,11 +118,6 @@ def initialize_from_key_values(
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
     return fit(encoders, key_values)
-
-
-def _device(model: nn.Module) -> torch.device:
-    device: torch.device = model.device  # type: ignore[assignment]
-    return device
 
 
 def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
@@ -126,5 +133,11 @@ def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
         found.setdefault(name, (key[0], value[0]))
 
     with recording(attention_modules(model), record), evaluating(model):
-        model(**inputs)
+        try:
+            model(**inputs)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot read a text of {token_ids.shape[1]} tokens by itself: a forward with "
+                f"{sorted(inputs)} failed ({type(error).__name__}: {error}). Use initialize_from_key_values."
+            ) from error
     return found

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.utils.other import match_target_against_key
@@ -53,7 +54,7 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     excluded = [name for name in candidates if config.exclude_modules and _matches(config.exclude_modules, name)]
     named = [name for name in named if name not in excluded]
     rejected: dict[str, str] = {}
-    geometries = probe(model, named, rejected, _num_probe_tokens(config))
+    geometries = probe(model, named, rejected, **_probe_options(config))
     chosen = [name for name in geometries if name not in excluded] if targets is None else named
     if not chosen:
         raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
@@ -98,7 +99,8 @@ def select_saved_modules(
 
     Args:
         model (`nn.Module`): The model, which is left as it is.
-        config (`PrefixPlusConfig`): The configuration.
+        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` it says which modules have the prefix: they need
+            no parameters of their own.
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; only its keys are used.
 
     Raises:
@@ -108,6 +110,8 @@ def select_saved_modules(
     is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)\.")
     matches = [match for match in map(is_parameter.match, state_dict) if match is not None]
     saved = {match["module"] for match in matches if match["container"] != "shared"}
+    if matches and config.reparameterization != "none" and config.sharing == "all":
+        saved.update(select_modules(model, config).modules)
     unknown = sorted(saved.difference(candidates))
     if unknown or not saved:
         found = f"parameters of {unknown[0]}" if unknown else "no parameters of a PREFIX_PLUS adapter"
@@ -115,13 +119,15 @@ def select_saved_modules(
             f"The `state_dict` has {found}; the attention modules of {type(model).__name__} are "
             f"{_examples(candidates)}. Pass the state dict of an adapter that was saved from the same base model."
         )
-    geometries = probe(model, wanted=saved, num_tokens=_num_probe_tokens(config))
+    geometries = probe(model, wanted=saved, **_probe_options(config))
     return Selection({name: geometry for name, geometry in geometries.items() if name in saved}, frozenset(), {})
 
 
-def _num_probe_tokens(config: PrefixPlusConfig) -> int:
-    """How many of the base model's own keys and values the adapter's start needs."""
-    return max(PROBE_TOKENS, config.num_virtual_tokens if starts_from_activations(config) else 0)
+def _probe_options(config: PrefixPlusConfig) -> dict[str, Any]:
+    """How many of the base model's own keys and values the adapter's start needs, and where."""
+    if not starts_from_activations(config):
+        return {}
+    return {"num_tokens": max(PROBE_TOKENS, config.num_virtual_tokens), "are_before": True}
 
 
 def _candidates(model: nn.Module) -> list[str]:

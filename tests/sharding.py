@@ -53,7 +53,7 @@ def adapted(case: Case, base: Any = None) -> Any:
     torch.manual_seed(1)
     if case.checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": case.checkpointing})
-    fields: dict[str, Any] = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_dim=4, init_weights=False)
+    fields: dict[str, Any] = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_dim=4, prefix_scaling=2.0)
     fields["layers_to_transform"] = None if case.layers is None else list(case.layers)
     configs = {
         f"{name}_{sharing}": PrefixPlusConfig(reparameterization=name, sharing=sharing, **fields)

@@ -65,6 +65,7 @@ WRONG_TYPES = [
     ("encoder_prefix", 1, "True or False"),
     ("cross_prefix", None, "True or False"),
     ("gating", "yes", "True or False"),
+    ("decoupled", 1, "True or False"),
     ("layers_to_transform", "all", "list of ints"),
     ("layers_to_transform", [0, "1"], "list of ints"),
     ("layers_to_transform", 1.0, "list of ints"),
@@ -92,6 +93,8 @@ CONTRADICTIONS = [
     ({"encoder_hidden_size": 8}, ["encoder_hidden_size", "8", "'none'", "mlp"]),
     ({"encoder_hidden_size": 8, "reparameterization": "linear"}, ["encoder_hidden_size", "'linear'", "mlp"]),
     ({"gating": True, "init_weights": "zero"}, ["gating", "init_weights", "'zero'"]),
+    ({"decoupled": True, "init_weights": "zero"}, ["decoupled", "init_weights", "'zero'", "init_weights=True"]),
+    ({"decoupled": True, "gating": True}, ["`gating`", "`decoupled`", "Choose one"]),
 ]
 
 
@@ -181,6 +184,7 @@ def test_the_defaults_are_those_of_the_design():
         "cross_prefix": True,
         "prefix_scaling": None,
         "gating": False,
+        "decoupled": False,
         "init_weights": True,
         "modules_to_save": None,
     }
@@ -206,7 +210,8 @@ FULL = {
     "cross_prefix": False,
     "prefix_scaling": 0.5,
     "gating": True,
-    "init_weights": "random",
+    "decoupled": False,
+    "init_weights": "activations",
     "modules_to_save": ["score"],
 }
 

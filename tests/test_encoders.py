@@ -139,7 +139,9 @@ def test_the_prefix_is_that_of_the_formula_and_shared_tensors_are_stored_once(re
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
 
-    assert sum(tensor.numel() for tensor in stored.values()) == expected_count(reparameterization, sharing, 3)
+    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(".scaling")}
+    assert sum(tensor.numel() for tensor in parameters.values()) == expected_count(reparameterization, sharing, 3)
+    assert [tensor.tolist() for name, tensor in stored.items() if name not in parameters] == [[0.5, 0.5]] * 3
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     for model_with_prefix in (model, loaded):
         for layer, module in enumerate(prefix_layers(model_with_prefix).values()):
@@ -152,7 +154,8 @@ def test_the_prefix_is_that_of_the_formula_and_shared_tensors_are_stored_once(re
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "sigmoid"])
 def test_the_activation_is_the_one_named(activation):
-    model = prefixed(tiny_model(), reparameterization="mlp", encoder_activation=activation, sharing="none")
+    fields = dict(reparameterization="mlp", encoder_activation=activation, sharing="none", prefix_scaling=1.0)
+    model = prefixed(tiny_model(), **fields)
 
     for layer in prefix_layers(model).values():
         tensors = dict(layer.prefix_plus_encoder["default"].named_parameters())
@@ -278,30 +281,26 @@ def test_dropout_is_on_the_produced_prefix_and_in_training_only(reparameterizati
     assert torch.equal(output_of(model, **inputs), output_of(model, **inputs))
 
 
-@pytest.mark.parametrize(("init_weights", "std"), [(True, 0.02), (False, 1.0), ("random", 1.0), ("zero", 0.0)])
 @EACH_ENCODER
-def test_the_standard_deviation_of_the_start(reparameterization, sharing, init_weights, std):
-    fields = {**encoder_fields(reparameterization, sharing), "num_virtual_tokens": 100, "encoder_dim": 50}
-    fields["encoder_hidden_size"] = 100 if reparameterization == "mlp" else None
-    model = prefixed(tiny_model(), **{**fields, "init_weights": init_weights})
+def test_a_start_of_zeros_is_zero_but_not_the_base_model(reparameterization, sharing):
+    inputs = {"input_ids": token_ids()}
+    expected = output_of(tiny_model(), **inputs)
+    model = prefixed(tiny_model(), init_weights="zero", **encoder_fields(reparameterization, sharing))
 
     for layer in prefix_layers(model).values():
-        for tensor in layer.prefix_key_value("default"):
-            if std == 0.0:
-                assert tensor.abs().max() == 0.0
-            else:
-                assert abs(tensor.std().item() / std - 1) < 0.2
-                assert abs(tensor.mean().item()) < 0.2 * std
+        assert all(tensor.abs().max() == 0.0 for tensor in layer.prefix_key_value("default"))
+    assert (output_of(model, **inputs) - expected).abs().max() > 1e-2  # it takes its share of the attention
 
 
-@pytest.mark.parametrize("fields", [{}, {"encoder_dim": 40, "reparameterization": "linear"}])
-def test_the_default_start_is_near_but_not_at_the_start_of_zeros(fields):
-    inputs = {"input_ids": token_ids()}
-    zero, default, random = (
-        output_of(prefixed(tiny_model(), init_weights=start, **fields), **inputs) for start in ("zero", True, False)
-    )
-
-    assert 0 < (default - zero).abs().max() < 0.2 * (random - zero).abs().max()
+@EACH_ENCODER
+def test_the_default_start_is_the_random_one(reparameterization, sharing):
+    outputs = []
+    for start in (True, False, "random"):
+        torch.manual_seed(1)
+        model = prefixed(tiny_model(), init_weights=start, **encoder_fields(reparameterization, sharing))
+        outputs.append(output_of(model, input_ids=token_ids()))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
 
 
 def test_a_closed_gate_is_exactly_the_base_model_and_an_open_one_is_not():

@@ -27,11 +27,18 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from peft_prefix_plus import PrefixPlusConfig, flatten, prefix_key_values
+from peft_prefix_plus import PrefixPlusConfig, flatten, initialize_from_key_values, prefix_key_values
 
 
 VOCABULARY = 64
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    initializer_range=0.1,
+)
 LATENT = dict(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, head_dim=4)
 MODELS = {
     "llama, grouped heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
@@ -41,7 +48,9 @@ MODELS = {
     "mistral, sliding window": lambda: MistralForCausalLM(
         MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
     ),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, initializer_range=0.1)
+    ),
     "bert": lambda: BertModel(BertConfig(**SIZES)),
 }
 
@@ -169,12 +178,8 @@ def same_prefix(request):
     ours = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
     prompt = theirs.get_prompt(batch_size=1)
     theta = base.config.rope_parameters["rope_theta"]
-    for layer, attention in enumerate(prefix_key_values(ours)):
-        key, value = (prompt.layers[layer].keys[0], prompt.layers[layer].values[0])
-        encoder = ours.get_base_model().get_submodule(attention).prefix_plus.prefix_plus_encoder["default"]
-        with torch.no_grad():
-            encoder.key.copy_(rotated_back(key, rotary_dim, theta, length))
-            encoder.value.copy_(value)
+    key_values = [(rotated_back(layer.keys[0], rotary_dim, theta, length), layer.values[0]) for layer in prompt.layers]
+    initialize_from_key_values(ours, dict(zip(prefix_key_values(ours), key_values, strict=True)))
     return theirs.eval(), ours.eval()
 
 
@@ -197,16 +202,16 @@ def test_logits_and_greedy_generations_equal_prefix_tunings(same_prefix, impleme
 
 @pytest.mark.parametrize("sharing", ["none", "input", "projection", "all"])
 @pytest.mark.parametrize("reparameterization", ["none", "linear", "mlp"])
-@pytest.mark.parametrize("gating", [False, True])
-def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization, sharing, gating):
+@pytest.mark.parametrize("kind", [{}, {"gating": True}, {"decoupled": True}], ids=str)
+def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization, sharing, kind):
     base = build("llama, grouped heads")
     config = PrefixPlusConfig(
         reparameterization=reparameterization,
         sharing=sharing,
         encoder_dim=6,
         prefix_scaling=3.0,
-        gating=gating,
         init_weights=False,
+        **kind,
     )
     model = get_peft_model(copy.deepcopy(base), config).eval()
     expected = logits(model, batch())
@@ -217,7 +222,7 @@ def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization,
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded.eval(), batch()), expected)
-    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 3 * (2 * 20 * 16 + 4 * gating)
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 3 * (2 * 20 * 16 + 4 * ("gating" in kind))
 
 
 def test_prefix_key_values_names_the_adapters_there_are():

@@ -159,7 +159,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, fields, i
         base = tiny_model(architecture, task_type, implementation)
         if checkpointed:
             base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        model = prefixed(base, task_type=task_type, **fields).train()
+        # gradients of the prefix itself, so that one tolerance fits all
+        model = prefixed(base, task_type=task_type, prefix_scaling=1.0, **fields).train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

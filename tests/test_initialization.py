@@ -1,0 +1,681 @@
+"""How a prefix starts, and on which scale it is learned: against keys and values recorded in the base model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import transformers
+from models import (
+    DECODER_SIZES,
+    VOCABULARY,
+    adapter_parameters,
+    output_of,
+    prefix_layers,
+    prefixed,
+    tiny_model,
+    token_ids,
+    unchanged,
+)
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_prefix_plus import (
+    PrefixPlusConfig,
+    flatten,
+    initialize_from_key_values,
+    initialize_from_text,
+    prefix_key_values,
+)
+
+
+SHARINGS = ("none", "input", "projection", "all")
+ENCODERS = [("none", "none"), *itertools.product(("linear", "mlp"), SHARINGS)]
+EACH_ENCODER = pytest.mark.parametrize(("reparameterization", "sharing"), ENCODERS)
+
+
+def latent_model() -> torch.nn.Module:
+    """A tiny DeepSeek V3, whose keys have twelve numbers and whose values have six."""
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
+    sizes = {**DECODER_SIZES, "num_key_value_heads": 4, "first_k_dense_replace": 3}
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **latent)).eval()
+
+
+def uneven_model(**options: object) -> torch.nn.Module:
+    """A tiny Llama whose second layer has keys eight times as large as the others', and values a fourth of them."""
+    model = tiny_model(**options)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(8.0)
+        model.model.layers[1].self_attn.v_proj.weight.mul_(0.25)
+    return model
+
+
+def own_key_values(
+    model: torch.nn.Module, ids: torch.Tensor, **inputs: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and values (heads, tokens, dim) of each layer for one text (1, tokens), from an attention function."""
+    found = []
+
+    def record(module, query, key, value, *args, **kwargs):
+        found.append((key[0], value[0]))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register("recording", record)
+    AttentionMaskInterface.register("recording", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        model = copy.deepcopy(model)
+        model.set_attn_implementation("recording")
+        with torch.no_grad():
+            model(input_ids=ids, **inputs)
+    finally:
+        AttentionInterface._global_mapping.pop("recording")
+        AttentionMaskInterface._global_mapping.pop("recording")
+    return found
+
+
+def spread_tokens(tokens: int) -> torch.Tensor:
+    """Token ids (1, tokens), evenly from all over the vocabulary."""
+    return torch.tensor([[(index + 1) * VOCABULARY // (tokens + 1) for index in range(tokens)]])
+
+
+def median_std(states: torch.Tensor) -> float:
+    """The median over tokens of the standard deviation of a token's numbers, states being (heads, tokens, dim)."""
+    return torch.stack([states[:, token].flatten().std() for token in range(states.shape[1])]).median().item()
+
+
+def measured(model: torch.nn.Module) -> list[tuple[float, float]]:
+    """The spread of each layer's keys and of its values."""
+    return [(median_std(key), median_std(value)) for key, value in own_key_values(model, spread_tokens(8))]
+
+
+def next_power_of_two(number: float) -> float:
+    return min((2.0**exponent for exponent in range(-20, 20)), key=lambda power: abs(math.log(power / number)))
+
+
+def scalings(model: torch.nn.Module) -> list[tuple[float, float]]:
+    """The factors of each layer on keys and on values."""
+    return [tuple(layer.encoder("default").scaling.tolist()) for layer in prefix_layers(model).values()]
+
+
+# --------------------------------------------------------------------------------------------------- the scale
+
+
+@pytest.mark.parametrize(("fields", "scales"), [({}, (64.0, 512.0)), ({"decoupled": True}, (32.0, 64.0))])
+@pytest.mark.parametrize(
+    "build",
+    [tiny_model, uneven_model, latent_model, lambda: tiny_model("gpt2")],
+    ids=["llama", "uneven", "mla", "gpt2"],
+)
+def test_the_scale_is_the_power_of_two_next_to_the_modules_own_spread(build, fields, scales):
+    model = build()
+    expected = [
+        tuple(s * next_power_of_two(std) for s, std in zip(scales, stds, strict=True)) for stds in measured(model)
+    ]
+
+    assert scalings(prefixed(model, **fields)) == expected
+
+
+def test_layers_of_different_spread_have_scales_of_their_own():
+    plain, uneven = scalings(prefixed(tiny_model())), scalings(prefixed(uneven_model()))
+
+    assert uneven[0] == plain[0]
+    assert uneven[1] == (plain[1][0] * 8, plain[1][1] / 4)
+
+
+@EACH_ENCODER
+def test_the_scale_is_the_same_for_every_encoder(reparameterization, sharing):
+    model = prefixed(uneven_model(), reparameterization=reparameterization, sharing=sharing)
+    assert scalings(model) == scalings(prefixed(uneven_model()))
+
+
+@pytest.mark.parametrize("scaling", [0.1, 1.0, 300.0])
+def test_a_given_scale_is_that_of_keys_and_values_everywhere(scaling):
+    model = prefixed(uneven_model(), prefix_scaling=scaling)
+    for layer in prefix_layers(model).values():
+        assert torch.equal(layer.encoder("default").scaling, torch.tensor([scaling, scaling]))
+
+
+@pytest.mark.parametrize("init_weights", [True, "random", "zero", "activations"])
+@EACH_ENCODER
+def test_a_start_is_the_same_under_every_scale(reparameterization, sharing, init_weights):
+    fields = dict(reparameterization=reparameterization, sharing=sharing, init_weights=init_weights, encoder_dim=40)
+    starts = []
+    for scaling in (None, 0.25, 8.0):
+        torch.manual_seed(3)
+        starts.append(prefix_key_values(prefixed(tiny_model(), prefix_scaling=scaling, **fields)))
+
+    is_shared = sharing in ("projection", "all") and reparameterization != "none"
+    for name, expected in starts[1].items():
+        for given, other in zip(starts[2][name], expected, strict=True):
+            torch.testing.assert_close(given, other, rtol=1e-4, atol=1e-5)
+        for measured_start, other in zip(starts[0][name], expected, strict=True):
+            if is_shared and init_weights in (True, "random"):
+                # layers share what is drawn, and each has a scale of its own on it: the power of two next to its spread
+                ratio = measured_start.std() / other.std()
+                assert 0.4 < ratio < 2.5
+            elif not (is_shared and init_weights == "activations" and sharing == "all"):
+                torch.testing.assert_close(measured_start, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("init_weights", [True, False, "random"])
+@pytest.mark.parametrize("scaling", [None, 1.0])
+@EACH_ENCODER
+def test_a_random_start_has_the_spread_of_the_modules_own_keys_and_values(
+    reparameterization, sharing, scaling, init_weights
+):
+    base = uneven_model()
+    expected = measured(base)
+    fields = dict(reparameterization=reparameterization, sharing=sharing, init_weights=init_weights)
+    model = prefixed(base, num_virtual_tokens=200, encoder_dim=60, prefix_scaling=scaling, **fields)
+
+    is_shared = sharing in ("projection", "all") and reparameterization != "none"
+    for layer, (stds, pair) in enumerate(zip(expected, prefix_key_values(model).values(), strict=True)):
+        if is_shared and scaling is not None and layer > 0:
+            continue  # one projection and one factor cannot give layers different spreads
+        for std, states in zip(stds, pair, strict=True):
+            # a shared projection is drawn for the first layer: each layer's own is met up to the rounding of two scales
+            tolerance = 2.0 * 1.15 if is_shared and layer > 0 else 1.15
+            assert 1 / tolerance < states.std().item() / std < tolerance
+            assert states.mean().abs() < 0.15 * std
+
+
+@EACH_ENCODER
+def test_the_scale_is_saved_and_loaded_into_a_base_whose_weights_changed(reparameterization, sharing, tmp_path):
+    model = prefixed(uneven_model(), reparameterization=reparameterization, sharing=sharing)
+    model.save_pretrained(tmp_path)
+    expected = prefix_key_values(model)
+
+    changed = tiny_model(seed=5, initializer_range=0.5)
+    assert scalings(prefixed(copy.deepcopy(changed))) != scalings(model)
+    stored = [
+        tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "scaling" in name
+    ]
+    assert len(stored) == 3
+    for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(changed), tmp_path, **options)
+        assert scalings(loaded) == scalings(model)
+        for name, pair in prefix_key_values(loaded).items():
+            assert all(torch.equal(*both) for both in zip(pair, expected[name], strict=True))
+
+
+@EACH_ENCODER
+def test_flatten_folds_the_scale_in(reparameterization, sharing, tmp_path):
+    model = prefixed(uneven_model(), reparameterization=reparameterization, sharing=sharing)
+    expected = output_of(model, input_ids=token_ids())
+    flatten(model)
+
+    assert scalings(model) == [(1.0, 1.0)] * 3
+    assert model.peft_config["default"].prefix_scaling == 1.0
+    assert torch.equal(output_of(model, input_ids=token_ids()), expected)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(uneven_model(), tmp_path)
+    assert torch.equal(output_of(loaded, input_ids=token_ids()), expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"init_weights": "activations"}, {"decoupled": True}])
+@EACH_ENCODER
+def test_a_base_on_the_meta_device_gets_an_adapter_that_a_checkpoint_can_fill(
+    reparameterization, sharing, fields, tmp_path
+):
+    fields = dict(num_virtual_tokens=3, reparameterization=reparameterization, sharing=sharing, **fields)
+    with torch.device("meta"):
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER_SIZES))
+    model = get_peft_model(base, PrefixPlusConfig(**fields))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+    whole = get_peft_model(tiny_model(), PrefixPlusConfig(**fields)).eval()
+    model.load_state_dict(whole.state_dict(), assign=True)
+    assert scalings(model) == scalings(whole)
+
+
+@pytest.mark.parametrize("init_weights", [True, "activations"])
+@EACH_ENCODER
+def test_an_adapter_can_be_made_empty_and_filled_by_a_checkpoint(reparameterization, sharing, init_weights, tmp_path):
+    fields = dict(reparameterization=reparameterization, sharing=sharing, init_weights=init_weights)
+    model = prefixed(tiny_model(), **fields)
+    model.save_pretrained(tmp_path)
+
+    config = PrefixPlusConfig.from_pretrained(tmp_path)
+    empty = get_peft_model(tiny_model(), config, low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for parameter in adapter_parameters(empty).values())
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(model, input_ids=token_ids()))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_over_a_base_in_bfloat16_the_scale_is_exact(autocast):
+    config = PrefixPlusConfig(num_virtual_tokens=3, prefix_scaling=0.1)
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast)
+    for layer in prefix_layers(model).values():
+        assert torch.equal(layer.encoder("default").scaling, torch.tensor([0.1, 0.1]))
+        key, value = layer.prefix_key_value("default")
+        assert key.dtype == value.dtype == (torch.float32 if autocast else torch.bfloat16)
+    assert output_of(model, input_ids=token_ids()).isfinite().all()
+    assert torch.equal(
+        next(iter(prefix_layers(model.half()).values())).encoder("default").scaling, torch.tensor([0.1] * 2)
+    )
+
+
+def test_over_a_base_in_bfloat16_the_scale_is_measured_and_the_start_is_the_bases_own():
+    base = tiny_model(dtype=torch.bfloat16)
+    expected = own_key_values(base, spread_tokens(12), position_ids=torch.arange(-12, 0)[None])
+    model = prefixed(base, num_virtual_tokens=12, init_weights="activations")
+
+    assert scalings(model) == scalings(prefixed(tiny_model()))
+    for pair, reference in zip(prefix_key_values(model).values(), expected, strict=True):
+        assert all(torch.equal(ours, theirs.float()) for ours, theirs in zip(pair, reference, strict=True))
+
+
+# ------------------------------------------------------------------------------- the base model's own activations
+
+
+@pytest.mark.parametrize("length", [12, 5])
+@pytest.mark.parametrize(
+    ("build", "is_rotary"),
+    [
+        (tiny_model, True),
+        (latent_model, True),
+        (lambda: tiny_model("gpt_neox"), True),
+        (lambda: tiny_model("gpt2"), False),
+        (lambda: tiny_model("opt"), False),
+    ],
+    ids=["llama", "mla", "gpt_neox", "gpt2", "opt"],
+)
+def test_activations_are_the_keys_and_values_of_tokens_before_the_text(build, is_rotary, length):
+    base = build()
+    tokens = max(length, 8)
+    positions = {"position_ids": torch.arange(-tokens, 0)[None]} if is_rotary else {}
+    expected = own_key_values(base, spread_tokens(tokens), **positions)
+
+    model = prefixed(base, num_virtual_tokens=length, init_weights="activations")
+
+    for pair, reference in zip(prefix_key_values(model).values(), expected, strict=True):
+        for ours, theirs in zip(pair, reference, strict=True):
+            torch.testing.assert_close(ours, theirs[:, -length:], rtol=1e-5, atol=1e-6)
+
+
+def test_activations_repeat_where_a_model_has_fewer_tokens_than_the_prefix():
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    model = prefixed(transformers.ViTModel(config).eval(), num_virtual_tokens=12, init_weights="activations")
+    for key, value in prefix_key_values(model).values():
+        for states in (key, value):  # five tokens: four patches and the class
+            assert torch.equal(states[:, 5:10], states[:, :5])
+            assert len(states[0].unique(dim=0)) == 5
+
+
+@pytest.mark.parametrize("init_weights", [True, "activations"])
+def test_a_gate_starts_closed_over_every_start_but_a_random_one(init_weights):
+    expected = output_of(tiny_model(), input_ids=token_ids())
+    closed = prefixed(tiny_model(), gating=True, init_weights=init_weights)
+    assert torch.equal(output_of(closed, input_ids=token_ids()), expected)
+    for start in (False, "random"):
+        opened = prefixed(tiny_model(), gating=True, init_weights=start)
+        assert (output_of(opened, input_ids=token_ids()) - expected).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------- from given keys and values
+
+
+def random_targets(
+    model: PeftModel, scale: float = 1.0, seed: int = 0
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tuple(torch.randn(states.shape, generator=generator) * scale for states in pair)
+        for name, pair in prefix_key_values(model).items()
+    }
+
+
+@pytest.mark.parametrize("encoder_dim", [4, 9, 40])
+@EACH_ENCODER
+def test_the_residual_is_how_far_the_prefix_is_from_what_it_was_given(reparameterization, sharing, encoder_dim):
+    fields = dict(reparameterization=reparameterization, sharing=sharing, encoder_dim=encoder_dim)
+    model = prefixed(tiny_model(), num_virtual_tokens=6, **fields)
+    targets = random_targets(model)
+    residuals = initialize_from_key_values(model, targets)
+
+    assert list(residuals) == list(targets)
+    for name, pair in prefix_key_values(model).items():
+        for kind, ours, wanted in zip(("key", "value"), pair, targets[name], strict=True):
+            residual = getattr(residuals[name], kind)
+            assert residual == pytest.approx(((ours - wanted).norm() / wanted.norm()).item(), abs=1e-6)
+            if reparameterization == "none":
+                assert torch.equal(ours, wanted)
+                assert residual == 0.0
+            # never worse than no prefix; nothing is lost where the inputs are as wide as what they produce is long
+            assert residual < 1.0 + 1e-6
+            rows = 6 * (3 if sharing == "projection" else 1)
+            if sharing != "all" and encoder_dim >= rows:
+                assert residual < 1e-4
+            if reparameterization == "linear" and encoder_dim < rows:
+                assert residual > 1e-2  # random targets have full rank
+
+
+def scaled_targets(
+    model: PeftModel, targets: dict[str, tuple[torch.Tensor, torch.Tensor]], layers: list[str]
+) -> torch.Tensor:
+    """What the parameters must produce, (layers · tokens, size), in float64."""
+    rows = []
+    for name in layers:
+        factors = prefix_layers(model)[name].encoder("default").scaling.double()
+        flat = [
+            states.double().transpose(0, 1).flatten(1) / f for states, f in zip(targets[name], factors, strict=True)
+        ]
+        rows.append(torch.cat(flat, dim=1))
+    return torch.cat(rows)
+
+
+def weighed(matrix: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """Keys and values, half of the columns each, relative to the norms of those of another matrix."""
+    halves = zip(matrix.chunk(2, dim=1), of.chunk(2, dim=1), strict=True)
+    return torch.cat([half / whole.norm() for half, whole in halves], dim=1)
+
+
+@pytest.mark.parametrize("encoder_dim", [2, 7, 17])
+@pytest.mark.parametrize("scaling", [None, 1.0])
+@pytest.mark.parametrize("sharing", ["projection", "none"])
+def test_a_linear_fit_is_the_best_of_its_rank(sharing, scaling, encoder_dim):
+    """Eckart & Young: no matrix of rank k is nearer than the sum of the first k singular triplets."""
+    fields = dict(reparameterization="linear", sharing=sharing, encoder_dim=encoder_dim, prefix_scaling=scaling)
+    model = prefixed(uneven_model(), num_virtual_tokens=6, **fields)
+    targets = random_targets(model)
+    for index, pair in enumerate(targets.values()):  # layers of other sizes, keys and values too
+        pair[0].mul_(1.0 + 4 * index)
+        pair[1].mul_(0.1 + index)
+    initialize_from_key_values(model, targets)
+    produced = prefix_key_values(model)
+
+    groups = [list(targets)] if sharing == "projection" else [[name] for name in targets]
+    for layers in groups:
+        wanted = scaled_targets(model, targets, layers)
+        missing = weighed(scaled_targets(model, produced, layers) - wanted, of=wanted)
+        singular_values = torch.linalg.svdvals(weighed(wanted, of=wanted))
+        best = singular_values[encoder_dim:].square().sum().sqrt().item()
+        assert missing.norm().item() == pytest.approx(best, rel=1e-3, abs=1e-5)
+
+
+def test_a_linear_fit_of_a_shared_input_is_the_best_of_its_rank():
+    model = prefixed(tiny_model(), num_virtual_tokens=12, reparameterization="linear", sharing="input", encoder_dim=5)
+    targets = random_targets(model)
+    residuals = initialize_from_key_values(model, targets)
+    # side by side, the keys and the values of every layer at norm 1
+    columns = [states.double().transpose(0, 1).flatten(1) for pair in targets.values() for states in pair]
+    singular_values = torch.linalg.svdvals(torch.cat([part / part.norm() for part in columns], dim=1))
+    missing = sum(residual.key**2 + residual.value**2 for residual in residuals.values())
+    assert missing == pytest.approx(singular_values[5:].square().sum().item(), rel=1e-4)
+
+
+def test_a_fitted_prefix_can_be_fitted_exactly_if_layers_agree():
+    model = prefixed(tiny_model(), num_virtual_tokens=6, reparameterization="linear", sharing="all", encoder_dim=8,
+                     prefix_scaling=1.0)  # fmt: skip
+    first = next(iter(random_targets(model).values()))
+    residuals = initialize_from_key_values(model, dict.fromkeys(prefix_layers(model), first))
+    assert max(max(residual) for residual in residuals.values()) < 1e-5
+
+
+def test_a_fit_goes_through_training_and_saving(tmp_path):
+    model = prefixed(
+        tiny_model(), reparameterization="mlp", sharing="projection", encoder_dim=40, num_virtual_tokens=6
+    )
+    initialize_from_key_values(model, random_targets(model))
+    expected = output_of(model, input_ids=token_ids())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(output_of(loaded, input_ids=token_ids()), expected)
+    loaded(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter_parameters(loaded).values())
+
+
+WRONG_TARGETS = {
+    "a module is missing": (lambda t, name: t.pop(name), r"model.layers.1.self_attn is missing or too many"),
+    "a module too many": (lambda t, name: t.update(other=t[name]), r"other is missing or too many"),
+    "another length": (
+        lambda t, name: t.update({name: (t[name][0][:, 1:], t[name][1])}),
+        r"keys of model.layers.1.self_attn must have shape \(2, 3, 8\) .* got \(2, 2, 8\)",
+    ),
+    "another width": (
+        lambda t, name: t.update({name: (t[name][0], t[name][1][..., 1:])}),
+        r"values of model.layers.1.self_attn must have shape \(2, 3, 8\) .* got \(2, 3, 7\)",
+    ),
+    "not a number": (
+        lambda t, name: t[name][1][0, 0].fill_(math.nan),
+        r"values of model.layers.1.self_attn must be finite",
+    ),
+    "infinite": (lambda t, name: t[name][0][0, 0].fill_(math.inf), r"keys of model.layers.1.self_attn must be finite"),
+    "keys alone": (lambda t, name: t.update({name: t[name][0]}), r"one of values for model.layers.1.self_attn"),
+    "three tensors": (
+        lambda t, name: t.update({name: (*t[name], t[name][0])}),
+        r"values for model.layers.1.self_attn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TARGETS)
+def test_wrong_keys_and_values_are_named_and_change_nothing(case):
+    spoil, message = WRONG_TARGETS[case]
+    model = prefixed(tiny_model())
+    targets = random_targets(model)
+    spoil(targets, "model.layers.1.self_attn")
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        initialize_from_key_values(model, targets)
+
+
+# ------------------------------------------------------------------------------------------------- from a text
+
+TEXT_TOKENS = 6
+TEXT = " ".join(f"w{number}" for number in (9, 30, 51, 12, 44, 23))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One word, w0 … w63, for each token of the tiny models."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TEXT_IDS = word_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
+
+
+def started(base: torch.nn.Module, text: str = TEXT, **fields: object) -> PeftModel:
+    """A model whose prefix starts from the text."""
+    model = prefixed(base, num_virtual_tokens=TEXT_TOKENS, **fields)
+    initialize_from_text(model, word_tokenizer(), text)
+    return model
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    ids = token_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
+
+
+def after_the_text(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs with the text before each row."""
+    text = TEXT_IDS.expand(len(batch["input_ids"]), -1)
+    return {
+        "input_ids": torch.cat([text, batch["input_ids"]], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(text), batch["attention_mask"]], dim=1),
+    }
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt_neox"])
+def test_a_rotary_model_gives_what_it_gives_when_it_reads_the_text(architecture, implementation):
+    base = tiny_model(architecture, implementation=implementation)
+    batch = padded_batch()
+    expected = output_of(base, **after_the_text(batch))[:, TEXT_TOKENS:]
+    unread = output_of(base, **batch)
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=1)
+    generated = base.generate(**after_the_text(batch), **options)[:, TEXT_TOKENS:]
+
+    model = started(base)
+
+    real = batch["attention_mask"].bool()
+    # only differences of positions count: the text at -6, …, -1 and the input at 0, …, or all from 0 on
+    torch.testing.assert_close(output_of(model, **batch)[real], expected[real], rtol=0, atol=1e-5)
+    assert (expected - unread)[real].abs().max() > 1e-2
+    assert torch.equal(model.generate(**batch, **options), generated)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_a_model_with_learned_positions_gives_what_it_gives_when_text_and_input_both_begin_at_0(architecture):
+    base = tiny_model(architecture)
+    batch = {"input_ids": token_ids(), "attention_mask": torch.ones_like(token_ids())}
+    positions = torch.cat([torch.arange(TEXT_TOKENS), torch.arange(7)]).expand(2, -1)
+    expected = output_of(base, **after_the_text(batch), position_ids=positions)[:, TEXT_TOKENS:]
+
+    model = started(base)
+
+    torch.testing.assert_close(output_of(model, **batch), expected, rtol=0, atol=1e-5)
+
+
+def test_an_encoder_decoder_gets_the_texts_keys_and_values_in_each_kind_of_attention():
+    for architecture in ("t5", "bart"):
+        base = tiny_model(architecture, "SEQ_2_SEQ_LM")
+        model = started(base, task_type="SEQ_2_SEQ_LM")
+        with torch.no_grad(), model.disable_adapter():
+            cache = base(input_ids=TEXT_IDS, decoder_input_ids=TEXT_IDS, use_cache=True).past_key_values
+            hidden = base.get_encoder()(input_ids=TEXT_IDS, output_hidden_states=True).hidden_states
+        found = prefix_key_values(model)
+        kinds = {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+        names = {"self": ("layer.0.SelfAttention", "self_attn"), "cross": ("EncDecAttention", "encoder_attn")}
+        for kind, layers in kinds.items():
+            in_decoder = [name for name in found if "decoder." in name and name.endswith(names[kind])]
+            assert len(in_decoder) == 2
+            for name, layer in zip(in_decoder, layers.layers, strict=True):
+                torch.testing.assert_close(found[name][0], layer.keys[0], rtol=0, atol=1e-5)
+                torch.testing.assert_close(found[name][1], layer.values[0], rtol=0, atol=1e-5)
+        in_encoder = [name for name in found if "decoder." not in name]
+        assert len(in_encoder) == 2
+        for name, states in zip(in_encoder, hidden[:-1], strict=True):
+            attention = base.get_submodule(name)
+            with torch.no_grad():
+                if architecture == "t5":
+                    normed = base.get_submodule(name.rpartition(".")[0]).layer_norm(states)
+                    flat = attention.k(normed)[0], attention.v(normed)[0]
+                else:
+                    flat = attention.k_proj(states)[0], attention.v_proj(states)[0]
+            for ours, theirs in zip(found[name], flat, strict=True):
+                torch.testing.assert_close(ours, theirs.unflatten(-1, (4, -1)).transpose(0, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("reparameterization", "sharing"), ENCODERS[1:])
+def test_a_reparameterization_is_fitted_to_the_text(reparameterization, sharing):
+    exact = prefix_key_values(started(tiny_model()))
+    fields = dict(reparameterization=reparameterization, sharing=sharing, encoder_dim=40)
+    model = prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS, **fields)
+    residuals = initialize_from_text(model, word_tokenizer(), TEXT)
+    for name, pair in prefix_key_values(model).items():
+        for residual, ours, wanted in zip(residuals[name], pair, exact[name], strict=True):
+            assert residual == pytest.approx(((ours - wanted).norm() / wanted.norm()).item(), abs=1e-6)
+            assert residual < (1e-4 if sharing != "all" else 1.0)
+
+
+def test_the_next_forward_has_the_new_prefix_and_training_goes_on_from_it():
+    model = prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS)
+    batch = padded_batch()
+    before = output_of(model, **batch)
+    assert torch.equal(output_of(model, **batch), before)  # the prefix is kept in inference
+    initialize_from_text(model, word_tokenizer(), TEXT)
+    assert (output_of(model, **batch) - before).abs().max() > 1e-2
+    assert torch.equal(output_of(model, **batch), output_of(started(tiny_model()), **batch))
+    assert all(parameter.requires_grad for parameter in adapter_parameters(model).values())
+
+
+def test_only_the_named_adapter_is_started_and_no_other_is_read():
+    model = prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS)
+    model.add_adapter("second", PrefixPlusConfig(num_virtual_tokens=TEXT_TOKENS, init_weights=False))
+    first = prefix_key_values(model)
+    for active in ("default", "second"):
+        model.set_adapter(active)
+        initialize_from_text(model, word_tokenizer(), TEXT, adapter_name="second")
+        for name, pair in prefix_key_values(started(tiny_model())).items():
+            assert all(torch.equal(*both) for both in zip(prefix_key_values(model, "second")[name], pair, strict=True))
+            assert all(torch.equal(*both) for both in zip(prefix_key_values(model)[name], first[name], strict=True))
+        assert model.active_adapter == active
+
+
+def test_a_subset_of_layers_and_a_bare_model_can_start_from_a_text():
+    expected = prefix_key_values(started(tiny_model()))
+    model = started(tiny_model(), layers_to_transform=[1])
+    injected = inject_adapter_in_model(PrefixPlusConfig(num_virtual_tokens=TEXT_TOKENS), tiny_model())
+    initialize_from_text(injected, word_tokenizer(), TEXT)
+    assert list(prefix_key_values(model)) == ["model.layers.1.self_attn"]
+    for each in (model, injected):
+        for name, pair in prefix_key_values(each).items():
+            assert all(torch.equal(*both) for both in zip(pair, expected[name], strict=True))
+
+
+def test_a_training_model_reads_without_dropout_and_stays_in_training():
+    base = tiny_model("opt", dropout=0.5)
+    model = prefixed(base, num_virtual_tokens=TEXT_TOKENS).train()
+    initialize_from_text(model, word_tokenizer(), TEXT)
+    assert model.training and all(layer.training for layer in base.model.decoder.layers)
+    expected = prefix_key_values(started(tiny_model("opt", dropout=0.5)))
+    for name, pair in prefix_key_values(model).items():
+        assert all(torch.equal(*both) for both in zip(pair, expected[name], strict=True))
+
+
+def test_special_tokens_are_the_tokenizers_and_can_be_left_out():
+    tokenizer = word_tokenizer()
+    start = processors.TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    tokenizer.backend_tokenizer.post_processor = start
+    with_start, without = (prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS) for _ in range(2))
+    with pytest.warns(UserWarning, match="has 7 tokens; the prefix starts from the first num_virtual_tokens=6"):
+        initialize_from_text(with_start, tokenizer, TEXT)
+    initialize_from_text(without, tokenizer, TEXT, add_special_tokens=False)
+    ids = torch.cat([torch.tensor([[2]]), TEXT_IDS[:, :-1]], dim=1)
+    expected = own_key_values(tiny_model(), ids, position_ids=torch.arange(-TEXT_TOKENS, 0)[None])
+    plain = prefix_key_values(started(tiny_model()))
+    for (name, pair), reference in zip(prefix_key_values(with_start).items(), expected, strict=True):
+        for ours, theirs in zip(pair, reference, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert all(torch.equal(*both) for both in zip(prefix_key_values(without)[name], plain[name], strict=True))
+        assert not torch.equal(pair[1], plain[name][1])
+
+
+def test_a_text_that_is_too_short_or_another_adapter_is_an_error_that_changes_nothing():
+    model = prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS)
+    with unchanged(model):
+        for short in ("w3 w4", ""):
+            with pytest.raises(ValueError, match=r"has \d tokens .* num_virtual_tokens=6. Give a text of at least"):
+                initialize_from_text(model, word_tokenizer(), short)
+        for function, argument in ((initialize_from_text, TEXT), (initialize_from_key_values, {})):
+            arguments = (word_tokenizer(), argument) if function is initialize_from_text else (argument,)
+            with pytest.raises(ValueError, match=r"named 'other' in the model; it has \['default'\]"):
+                function(model, *arguments, adapter_name="other")
+
+
+def llava() -> torch.nn.Module:
+    text = transformers.LlamaConfig(**DECODER_SIZES)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=63)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_a_module_that_a_text_does_not_reach_is_named():
+    model = prefixed(llava(), target_modules=r".*self_attn", num_virtual_tokens=TEXT_TOKENS)
+    with unchanged(model), pytest.raises(ValueError, match=r"A text does not reach model.vision_tower.*_key_values"):
+        initialize_from_text(model, word_tokenizer(), TEXT)
+    language_model = prefixed(llava(), num_virtual_tokens=TEXT_TOKENS)
+    residuals = initialize_from_text(language_model, word_tokenizer(), TEXT)
+    assert list(residuals) == [f"model.language_model.layers.{layer}.self_attn" for layer in range(3)]
+
+
+def test_a_text_that_the_model_cannot_read_is_an_error_that_changes_nothing():
+    model = prefixed(tiny_model("gpt2", n_positions=8), num_virtual_tokens=12)
+    with unchanged(model), pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot read a text of 12 tokens"):
+        initialize_from_text(model, word_tokenizer(), TEXT + " " + TEXT)
