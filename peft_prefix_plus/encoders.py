@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -10,8 +11,6 @@ from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .config import PrefixPlusConfig
 
 
@@ -68,13 +67,20 @@ class PrefixEncoder(nn.Module):
         shape (`KVShape`): The shape of the attention module's keys and values.
     """
 
-    scaling: torch.Tensor
-
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
         self.shape = shape
-        # A buffer, and saved: it may have been measured on the base model's weights as they were when training began.
-        self.register_buffer("scaling", torch.ones(2))
+        self._scaling: tuple[nn.ParameterDict | Mapping[str, torch.Tensor], str] = ({"": torch.ones(2)}, "")
+
+    @property
+    def scaling(self) -> torch.Tensor:
+        """The factors on keys and on values, (2,)."""
+        holder, name = self._scaling
+        return holder[name]
+
+    def take_scaling_from(self, holder: nn.ParameterDict, name: str) -> None:
+        """Let `holder[name]` be the scaling. It is looked up at each use: what shards a model puts others there."""
+        self._scaling = (holder, name)
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on."""
@@ -95,13 +101,6 @@ class PrefixEncoder(nn.Module):
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return E_K (heads, tokens, key_dim) and E_V (heads, tokens, value_dim)."""
         raise NotImplementedError
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scaling = self.scaling
-        super()._apply(fn, recurse)
-        if self.scaling.dtype != scaling.dtype and not scaling.is_meta:
-            self.scaling = scaling.to(self.scaling.device)  # exact, whatever the dtype of the parameters
-        return self
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""

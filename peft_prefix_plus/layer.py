@@ -46,6 +46,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
         (P_K, P_V) = dropout(encoder())
 
+    The encoder's scaling is kept here: in a parameter, because what shards a model, or fills it from the meta device, looks
+    after parameters; and apart from those that are trained, because PEFT makes all of those require a gradient.
+
     Several active adapters' prefixes stand one after the other.
 
     Args:
@@ -55,12 +58,13 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
-    other_param_names: tuple[str, ...] = ("dropout", "is_decoupled")
+    other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled")
 
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
         self.prefix_plus_gate = nn.ParameterDict({})
+        self.prefix_plus_scaling = nn.ParameterDict({})
         self.dropout: dict[str, float] = {}
         self.is_decoupled: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
@@ -96,6 +100,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             shared_parts (`nn.ModuleDict`): Encoder parts that the adapter's layers share; added to.
         """
         encoder = make_encoder(config, geometry.shape, shared_parts)
+        # in float32, whatever the others are: PEFT makes what it brings there require a gradient
+        self.prefix_plus_scaling[adapter_name] = nn.Parameter(torch.ones(2), requires_grad=False)
+        encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         scale_and_start(encoder, config, geometry)
         self.prefix_plus_encoder[adapter_name] = encoder
         if config.gating:
@@ -114,8 +121,10 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return encoder
 
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
-        """Let another encoder produce an adapter's prefix here."""
+        """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
         self._produced.clear()
+        self.prefix_plus_scaling[adapter_name].fill_(1.0)
+        encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -176,7 +185,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             encoder = self.encoder(adapter_name)
             for part in encoder.parts():
                 yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
-            yield encoder._buffers, "scaling"
+            yield self.prefix_plus_scaling._parameters, adapter_name
             if adapter_name in self.prefix_plus_gate:
                 yield self.prefix_plus_gate._parameters, adapter_name
 
@@ -242,9 +251,14 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         self.set_adapter(active)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
+        if adapter_name not in self.prefix_plus_encoder:
+            return
+        scaling = self.prefix_plus_scaling[adapter_name]
+        if any(parameter.is_meta for parameter in (scaling, *self.adapter_parameters(adapter_name))):
             return  # built empty, to be filled by a checkpoint
-        self._adapter_to(adapter_name, device=execution_device(self.attention) if device is None else device)
+        device = execution_device(self.attention) if device is None else device
+        self._adapter_to(adapter_name, device=device)
+        self.prefix_plus_scaling[adapter_name] = nn.Parameter(scaling.to(device), requires_grad=False)
 
     def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
         for part in self._own_parts(adapter_name):

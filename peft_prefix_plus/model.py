@@ -32,7 +32,7 @@ from .targets import Selection, select_modules, select_saved_modules, warn_of_im
 BASE_MODEL_NAME = "__base__"
 """What stands for no adapter in `adapter_names`."""
 
-CONTAINERS = PrefixPlusLayer.adapter_layer_names + SharedParts.adapter_layer_names
+CONTAINERS = (*PrefixPlusLayer.adapter_layer_names, "prefix_plus_scaling", *SharedParts.adapter_layer_names)
 """The names of the dictionaries that hold parameters by adapter."""
 
 
