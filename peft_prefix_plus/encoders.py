@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +54,14 @@ SHARED_PARTS = {
 """Which parts of the encoder the layers share, by `sharing`."""
 
 
+class Scaling(nn.Module):
+    """The factors on the keys and on the values of one attention module's prefix, (2,), which are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(2), requires_grad=False)
+
+
 class PrefixEncoder(nn.Module):
     """
     What produces the prefix of one attention module:
@@ -70,17 +77,18 @@ class PrefixEncoder(nn.Module):
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
         self.shape = shape
-        self._scaling: tuple[nn.ParameterDict | Mapping[str, torch.Tensor], str] = ({"": torch.ones(2)}, "")
+        self._scalings: tuple[nn.ModuleDict, str] = (nn.ModuleDict({"alone": Scaling()}), "alone")
 
     @property
     def scaling(self) -> torch.Tensor:
         """The factors on keys and on values, (2,)."""
-        holder, name = self._scaling
-        return holder[name]
+        scalings, name = self._scalings
+        scaling: Any = scalings[name]
+        return scaling.factors
 
-    def take_scaling_from(self, holder: nn.ParameterDict, name: str) -> None:
-        """Let `holder[name]` be the scaling. It is looked up at each use: what shards a model puts others there."""
-        self._scaling = (holder, name)
+    def take_scaling_from(self, scalings: nn.ModuleDict, name: str) -> None:
+        """Let `scalings[name]` be the [`Scaling`]. It is looked up at each use, as shared parts are."""
+        self._scalings = (scalings, name)
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on."""

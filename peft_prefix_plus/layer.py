@@ -20,7 +20,7 @@ from .attention import (
     require_complete,
     set_config,
 )
-from .encoders import PrefixEncoder, make_encoder
+from .encoders import PrefixEncoder, Scaling, make_encoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
 from .memo import Memo, Source
 from .registration import METHOD_NAME
@@ -64,7 +64,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
         self.prefix_plus_gate = nn.ParameterDict({})
-        self.prefix_plus_scaling = nn.ParameterDict({})
+        self.prefix_plus_scaling = nn.ModuleDict({})
         self.dropout: dict[str, float] = {}
         self.is_decoupled: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
@@ -100,8 +100,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             shared_parts (`nn.ModuleDict`): Encoder parts that the adapter's layers share; added to.
         """
         encoder = make_encoder(config, geometry.shape, shared_parts)
-        # in float32, whatever the others are: PEFT makes what it brings there require a gradient
-        self.prefix_plus_scaling[adapter_name] = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.prefix_plus_scaling[adapter_name] = Scaling()  # in float32, whatever the others are: it stays exact
         encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         scale_and_start(encoder, config, geometry)
         self.prefix_plus_encoder[adapter_name] = encoder
@@ -123,7 +122,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
         """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
         self._produced.clear()
-        self.prefix_plus_scaling[adapter_name].fill_(1.0)
+        self.encoder(adapter_name).scaling.fill_(1.0)
         encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
 
@@ -185,7 +184,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             encoder = self.encoder(adapter_name)
             for part in encoder.parts():
                 yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
-            yield self.prefix_plus_scaling._parameters, adapter_name
+            yield self.prefix_plus_scaling[adapter_name]._parameters, "factors"
             if adapter_name in self.prefix_plus_gate:
                 yield self.prefix_plus_gate._parameters, adapter_name
 
@@ -253,12 +252,12 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.prefix_plus_encoder:
             return
-        scaling = self.prefix_plus_scaling[adapter_name]
+        scaling = self.encoder(adapter_name).scaling
         if any(parameter.is_meta for parameter in (scaling, *self.adapter_parameters(adapter_name))):
             return  # built empty, to be filled by a checkpoint
         device = execution_device(self.attention) if device is None else device
         self._adapter_to(adapter_name, device=device)
-        self.prefix_plus_scaling[adapter_name] = nn.Parameter(scaling.to(device), requires_grad=False)
+        self.prefix_plus_scaling[adapter_name].to(device)
 
     def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
         for part in self._own_parts(adapter_name):

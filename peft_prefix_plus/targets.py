@@ -106,7 +106,7 @@ def select_saved_modules(
         ValueError: If the checkpoint has no prefix, or one for a module that the model does not have.
     """
     candidates = _candidates(model)
-    is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)(?:\.|$)")
+    is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)\.")
     matches = [match for match in map(is_parameter.match, state_dict) if match is not None]
     saved = {match["module"] for match in matches if match["container"] != "shared"}
     unknown = sorted(saved.difference(candidates))

@@ -140,7 +140,7 @@ def test_the_prefix_is_that_of_the_formula_and_shared_tensors_are_stored_once(re
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
 
-    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(".prefix_plus_scaling")}
+    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(".prefix_plus_scaling.factors")}
     assert sum(tensor.numel() for tensor in parameters.values()) == expected_count(reparameterization, sharing, 3)
     assert [tensor.tolist() for name, tensor in stored.items() if name not in parameters] == [[0.5, 0.5]] * 3
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
