@@ -65,7 +65,9 @@ class PrefixPlusConfig(PeftConfig):
         cross_prefix (`bool`, defaults to `True`):
             In encoder-decoder models, prefix the decoder's cross-attention.
         prefix_scaling (`float`, *optional*):
-            Factor on what the encoder puts out; `None` means 1.0.
+            Factor on what the encoder puts out. `None` means a factor for keys and one for values, measured in each
+            attention module: 64 and 512 (32 and 64 if `decoupled`) times the power of two next to the standard deviation
+            of its own keys, and values. Learning rates around 5e-3 then suit.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a learned per-head gate that starts at zero, to the
             untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly
@@ -73,10 +75,13 @@ class PrefixPlusConfig(PeftConfig):
         decoupled (`bool`, defaults to `False`):
             Add silu(s · Q P_Kᵀ) P_V to the untouched attention of the base model: the prefix takes no attention away from
             the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
-            exactly the base model.
+            exactly the base model. Not with `gating`.
         init_weights (`bool` or `str`, defaults to `True`):
-            `True`: the default start, a small random prefix. `False` or `"random"`: a prefix of unit standard
-            deviation (and an open gate), which visibly changes the output. `"zero"`: keys and values of zero.
+            `True`: the default start, a random prefix with the standard deviation of the attention module's own keys and
+            values; with a gate, a closed one; if `decoupled`, keys as of `"activations"` and values of zero. `False` or
+            `"random"`: the random prefix, with an open gate, decoupled or not. `"activations"`: the base model's own keys and
+            values of tokens from all over its vocabulary. `"zero"`: keys and values of zero. All are the same whatever
+            `prefix_scaling` is.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save in full, for instance a classification head.
 
@@ -131,7 +136,8 @@ class PrefixPlusConfig(PeftConfig):
         default=True, metadata={"help": "Encoder-decoder models: prefix the decoder's cross-attention."}
     )
     prefix_scaling: float | None = field(
-        default=None, metadata={"help": "Factor on what the encoder puts out; None means 1.0."}
+        default=None,
+        metadata={"help": "Factor on what the encoder puts out; None measures it in each attention module."},
     )
     gating: bool = field(
         default=False, metadata={"help": "Zero-initialised per-head gate on the prefix: a no-op at the start."}
@@ -141,7 +147,10 @@ class PrefixPlusConfig(PeftConfig):
     )
     init_weights: bool | str = field(
         default=True,
-        metadata={"help": "True: the default start. False or 'random': unit standard deviation. 'zero': zeros."},
+        metadata={
+            "help": "True: the default start. False or 'random': random, with an open gate. 'activations': the base "
+            "model's own keys and values. 'zero': zeros."
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full."}

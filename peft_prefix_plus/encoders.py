@@ -11,8 +11,6 @@ from transformers.activations import ACT2FN
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .config import PrefixPlusConfig
 
 
@@ -57,6 +55,18 @@ SHARED_PARTS = {
 """Which parts of the encoder the layers share, by `sharing`."""
 
 
+class Scaling(nn.Module):
+    """The factors on the keys and on the values of one attention module's prefix, (2,), which are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self) -> torch.Tensor:
+        """Return a copy of the factors: a call, as for every parameter, so that what shards a model gathers them."""
+        return self.factors.clone()
+
+
 class PrefixEncoder(nn.Module):
     """
     What produces the prefix of one attention module:
@@ -69,12 +79,21 @@ class PrefixEncoder(nn.Module):
         shape (`KVShape`): The shape of the attention module's keys and values.
     """
 
-    scaling: torch.Tensor
-
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
         self.shape = shape
-        self.register_buffer("scaling", torch.ones(2), persistent=False)
+        self._scalings: tuple[nn.ModuleDict, str] = (nn.ModuleDict({"alone": Scaling()}), "alone")
+
+    @property
+    def scaling(self) -> torch.Tensor:
+        """The factors on keys and on values, (2,)."""
+        scalings, name = self._scalings
+        scaling: Any = scalings[name]
+        return scaling.factors
+
+    def take_scaling_from(self, scalings: nn.ModuleDict, name: str) -> None:
+        """Let `scalings[name]` be the [`Scaling`]. It is looked up at each use, as shared parts are."""
+        self._scalings = (scalings, name)
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on."""
@@ -96,27 +115,11 @@ class PrefixEncoder(nn.Module):
         """Return E_K (heads, tokens, key_dim) and E_V (heads, tokens, value_dim)."""
         raise NotImplementedError
 
-    def set_scaling(self, factors: tuple[float, float], is_measured: bool) -> None:
-        """
-        Set the factors on the keys and on the values. What was measured is saved with the parameters, for later measurements
-        may differ; what the configuration says is not.
-        """
-        self.register_buffer("scaling", torch.tensor(factors, device="cpu"), persistent=is_measured)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        scaling = self.scaling
-        super()._apply(fn, recurse)
-        # exact whatever the dtype of the parameters, and there even if they have no memory yet
-        if self.scaling.is_meta:
-            self.scaling = scaling
-        elif self.scaling.dtype != scaling.dtype and not scaling.is_meta:
-            self.scaling = scaling.to(self.scaling.device)
-        return self
-
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
         key, value = self.produce()
-        scaling = self.scaling.to(key.device)
+        scalings, name = self._scalings
+        scaling = scalings[name]().to(key.device)
         return key * scaling[0], value * scaling[1]
 
 

@@ -21,7 +21,7 @@ from .attention import (
     require_complete,
     set_config,
 )
-from .encoders import PrefixEncoder, make_encoder
+from .encoders import PrefixEncoder, Scaling, make_encoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
 from .memo import Memo, Source
 from .registration import METHOD_NAME
@@ -61,6 +61,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
         (P_K, P_V) = dropout(encoder())
 
+    The encoder's scaling is kept here: in a parameter, because what shards a model, or fills it from the meta device, looks
+    after parameters; and apart from those that are trained, because PEFT makes all of those require a gradient.
+
     Several active adapters' prefixes stand one after the other.
 
     Args:
@@ -70,12 +73,13 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
-    other_param_names: tuple[str, ...] = ("dropout", "is_decoupled")
+    other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled")
 
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
         self.prefix_plus_gate = Gates({})
+        self.prefix_plus_scaling = nn.ModuleDict({})
         self.dropout: dict[str, float] = {}
         self.is_decoupled: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
@@ -111,6 +115,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             shared_parts (`nn.ModuleDict`): Encoder parts that the adapter's layers share; added to.
         """
         encoder = make_encoder(config, geometry.shape, shared_parts)
+        self.prefix_plus_scaling[adapter_name] = Scaling()  # in float32, whatever the others are: it stays exact
+        encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         scale_and_start(encoder, config, geometry)
         self.prefix_plus_encoder[adapter_name] = encoder
         if config.gating:
@@ -129,8 +135,10 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return encoder
 
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
-        """Let another encoder produce an adapter's prefix here."""
+        """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
         self._produced.clear()
+        self.encoder(adapter_name).scaling.fill_(1.0)
+        encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -208,7 +216,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             encoder = self.encoder(adapter_name)
             for part in encoder.parts():
                 yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
-            yield encoder._buffers, "scaling"
+            yield self.prefix_plus_scaling[adapter_name]._parameters, "factors"
             if adapter_name in self.prefix_plus_gate:
                 yield self.prefix_plus_gate._parameters, adapter_name
 
@@ -274,9 +282,14 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         self.set_adapter(active)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
+        if adapter_name not in self.prefix_plus_encoder:
+            return
+        scaling = self.encoder(adapter_name).scaling
+        if any(parameter.is_meta for parameter in (scaling, *self.adapter_parameters(adapter_name))):
             return  # built empty, to be filled by a checkpoint
-        self._adapter_to(adapter_name, device=execution_device(self.attention) if device is None else device)
+        device = execution_device(self.attention) if device is None else device
+        self._adapter_to(adapter_name, device=device)
+        self.prefix_plus_scaling[adapter_name].to(device)
 
     def _adapter_to(self, adapter_name: str, **destination: Any) -> None:
         for part in self._own_parts(adapter_name):

@@ -33,7 +33,7 @@ from .targets import Selection, select_modules, select_saved_modules, warn_of_im
 BASE_MODEL_NAME = "__base__"
 """What stands for no adapter in `adapter_names`."""
 
-CONTAINERS = PrefixPlusLayer.adapter_layer_names + SharedParts.adapter_layer_names
+CONTAINERS = (*PrefixPlusLayer.adapter_layer_names, "prefix_plus_scaling", *SharedParts.adapter_layer_names)
 """The names of the dictionaries that hold parameters by adapter."""
 
 
@@ -66,7 +66,7 @@ class PrefixPlusModel(BaseTuner):
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     >>> model = get_peft_model(model, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
     >>> model.print_trainable_parameters()
-    trainable params: 2,560 || all params: 97,600 || trainable%: 2.6230
+    trainable params: 2,560 || all params: 97,604 || trainable%: 2.6228
 
     ```
     """

@@ -43,7 +43,7 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
         scaling = [scale * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
     else:
         scaling = [config.prefix_scaling] * 2
-    encoder.set_scaling((scaling[0], scaling[1]), is_measured=config.prefix_scaling is None)
+    encoder.scaling.copy_(encoder.scaling.new_tensor(scaling))
     key_std, value_std = (std / factor for std, factor in zip(stds, scaling, strict=True))
     if config.init_weights == "zero":
         key_std = value_std = 0.0

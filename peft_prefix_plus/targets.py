@@ -99,8 +99,7 @@ def select_saved_modules(
 
     Args:
         model (`nn.Module`): The model, which is left as it is.
-        config (`PrefixPlusConfig`): The configuration. Under `sharing="all"` it says which modules have the prefix: they need
-            no parameters of their own.
+        config (`PrefixPlusConfig`): The configuration.
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint; only its keys are used.
 
     Raises:
@@ -110,8 +109,6 @@ def select_saved_modules(
     is_parameter = re.compile(rf"(?:(?P<module>.+)\.)?{METHOD_NAME}\.{METHOD_NAME}_(?P<container>\w+)\.")
     matches = [match for match in map(is_parameter.match, state_dict) if match is not None]
     saved = {match["module"] for match in matches if match["container"] != "shared"}
-    if matches and config.reparameterization != "none" and config.sharing == "all":
-        saved.update(select_modules(model, config).modules)
     unknown = sorted(saved.difference(candidates))
     if unknown or not saved:
         found = f"parameters of {unknown[0]}" if unknown else "no parameters of a PREFIX_PLUS adapter"

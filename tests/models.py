@@ -297,11 +297,11 @@ def prefix_layers(model: nn.Module) -> dict[str, PrefixPlusLayer]:
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter's prefixes by name."""
+    """The parameters of an adapter's prefixes by name, less those that are not trained: the scaling."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if "prefix_plus" in name.split(".") and adapter_name in name.split(".")
+        if {"prefix_plus", adapter_name} <= set(name.split(".")) and "prefix_plus_scaling" not in name
     }
 
 

@@ -72,7 +72,8 @@ def test_the_number_of_parameters_is_that_of_the_formula(reparameterization, sha
     model = prefixed(base, layers_to_transform=layers, **encoder_fields(reparameterization, sharing))
 
     expected = expected_count(reparameterization, sharing, 4 if layers is None else len(layers))
-    assert model.get_nb_trainable_parameters() == (expected, total + expected)
+    scaling = 2 * (4 if layers is None else len(layers))  # not trained
+    assert model.get_nb_trainable_parameters() == (expected, total + expected + scaling)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_the_numbers_of_parameters_on_llama_2_7b(fields, expected):
 
     model = get_peft_model(model, PrefixPlusConfig(num_virtual_tokens=20, **fields))
 
-    assert model.get_nb_trainable_parameters() == (expected, 6_738_415_616 + expected)
+    assert model.get_nb_trainable_parameters() == (expected, 6_738_415_616 + expected + 32 * 2)
 
 
 def prefix_by_formula(
@@ -139,7 +140,7 @@ def test_the_prefix_is_that_of_the_formula_and_shared_tensors_are_stored_once(re
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
 
-    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(".scaling")}
+    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(".prefix_plus_scaling.factors")}
     assert sum(tensor.numel() for tensor in parameters.values()) == expected_count(reparameterization, sharing, 3)
     assert [tensor.tolist() for name, tensor in stored.items() if name not in parameters] == [[0.5, 0.5]] * 3
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)

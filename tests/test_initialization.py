@@ -258,9 +258,20 @@ def test_over_a_base_in_bfloat16_the_scale_is_exact(autocast):
         key, value = layer.prefix_key_value("default")
         assert key.dtype == value.dtype == (torch.float32 if autocast else torch.bfloat16)
     assert output_of(model, input_ids=token_ids()).isfinite().all()
-    assert torch.equal(
-        next(iter(prefix_layers(model.half()).values())).encoder("default").scaling, torch.tensor([0.1] * 2)
-    )
+
+
+def test_the_scale_is_not_trained():
+    model = prefixed(tiny_model(), reparameterization="linear").train()
+    model.add_adapter("second", PrefixPlusConfig())
+    for adapter in ("second", "default"):
+        model.set_adapter(adapter)
+        model.set_requires_grad(adapter)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert names and set(names) == set(adapter_parameters(model, adapter))
+        assert model.get_model_status().requires_grad == {
+            "default": adapter == "default",
+            "second": adapter == "second",
+        }
 
 
 def test_over_a_base_in_bfloat16_the_scale_is_measured_and_the_start_is_the_bases_own():
