@@ -48,7 +48,7 @@ EACH_PREFIX = pytest.mark.parametrize(
 
 def config_of(name, **fields):
     if name == "prefix":
-        return prefix_config(**fields)
+        return prefix_config(**{"prefix_scaling": 1.0, **fields})  # what is measured depends on the other method
     return LoraConfig(
         **{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **fields}
     )
@@ -61,6 +61,10 @@ def wrapped(model, order, lora=None, prefix=None):
     for name in order:
         torch.manual_seed(len(name))
         wrappers[name] = get_peft_model(model, config_of(name, **fields[name]), adapter_name=name).eval()
+        if name == "prefix":
+            with torch.no_grad():
+                for parameter in parameters_of(model, "prefix").values():
+                    parameter.normal_()
     return wrappers
 
 
@@ -91,8 +95,13 @@ WAYS = {
 
 
 def parameters_of(model, kind):
-    marker = {"lora": ".lora_", "prefix": ".prefix_plus."}[kind]
-    return {name: parameter for name, parameter in model.named_parameters() if marker in name}
+    """The parameters that a method trains."""
+    marker = {"lora": ".lora_", "prefix": "prefix_plus."}[kind]
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if marker in name and "prefix_plus_scaling" not in name
+    }
 
 
 def gradients_of_the_definition(model):
