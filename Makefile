@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models lint format docs bench clean
+.PHONY: help install demo test test-models lint format docs bench bench-quality clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -40,5 +40,8 @@ docs: install ## build the documentation into docs/_build/html
 bench: install ## measure time and memory against PREFIX_TUNING and LoRA
 	$(BIN)/python benchmarks/speed.py
 
+bench-quality: install ## measure how well each method learns (about an hour on 2 cores; goes on where it was)
+	$(BIN)/python benchmarks/quality.py
+
 clean: ## remove what the other commands make
-	rm -rf $(VENV) docs/_build demo-output
+	rm -rf $(VENV) docs/_build demo-output quality-output

@@ -45,7 +45,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_prefix_plus import PrefixPlusConfig, initialize_from_text
+from peft_prefix_plus import PrefixPlusConfig, initialize_from_text, prune_layers, suggest_layers
 from peft_prefix_plus.cli.records import IGNORED_LABEL, Collator, Record, encode
 from peft_prefix_plus.demo_text import examples
 from peft_prefix_plus.hub import write_atomically
@@ -195,8 +195,10 @@ RATE = (5e-3,)
 
 SMALL = ("0.5 %",)
 
+DEFAULT = "PREFIX_PLUS (default)"
+
 METHODS = {
-    "PREFIX_PLUS (default)": Method(prefix_plus(), (2e-3, *RATE, 1e-2)),
+    DEFAULT: Method(prefix_plus(), (2e-3, *RATE, 1e-2)),
     "PREFIX_PLUS, start: activations": Method(prefix_plus(init_weights="activations"), RATE),
     "PREFIX_PLUS, start: text": Method(prefix_plus_from_text, RATE),
     "PREFIX_PLUS, start: zero": Method(prefix_plus(init_weights="zero"), RATE),
@@ -378,11 +380,17 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return {
+    result = {
         "loss": held_out_loss(model, task, device),
         "parameters": sum(parameter.numel() for parameter in trainable),
         "seconds": time.monotonic() - started,
     }
+    if run.method == DEFAULT:
+        batches = [to(task.draw(generator), device) for _ in range(8)]
+        layers = suggest_layers(model, batches, budget=0.5, greedy=True).layers
+        prune_layers(model, layers)
+        result.update(kept_layers=layers, kept_loss=held_out_loss(model, task, device))
+    return result
 
 
 @torch.no_grad()
@@ -507,6 +515,19 @@ def report(results: Results, options: argparse.Namespace, base_losses: dict[str,
     write_atomically(str(options.output / "quality.md"), "\n".join(lines[1:]) + "\n")
 
 
+def report_layers(results: Results, options: argparse.Namespace, console: Console) -> None:
+    """Print what is left of the default's loss when `suggest_layers` chooses half of the layers to keep."""
+    table = Table("task", "size", "seed", "all layers", "half of them", "ratio", "kept", title="Half of the layers")
+    for task, size, method in combinations(options):
+        for seed in range(options.seeds if method == DEFAULT else 0):
+            result = results.get(Run(task, size, method, RATE[0], seed))
+            if result is not None:
+                ratio = f"{result['kept_loss'] / result['loss']:.3f}"
+                numbers = [f"{result[name]:.3f}" for name in ("loss", "kept_loss")]
+                table.add_row(task, size, str(seed), *numbers, ratio, str(result["kept_layers"]))
+    console.print(table)
+
+
 def plot(results: Results, options: argparse.Namespace) -> None:
     """Draw the losses of every method, with the spread over the seeds."""
     from matplotlib.figure import Figure
@@ -567,6 +588,7 @@ def main() -> None:
         for task in options.tasks
     }
     report(results, options, base_losses, console)
+    report_layers(results, options, console)
     plot(results, options)
     console.print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
