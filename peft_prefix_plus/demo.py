@@ -220,7 +220,7 @@ def training_settings(settings: DemoSettings, base: Path, adapter: Path) -> Trai
         overwrite=True,
         max_steps=settings.prefix_steps,
         batch_size=16,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         warmup_steps=settings.prefix_steps // 20,
         schedule="cosine",
         logging_steps=max(1, settings.prefix_steps // 5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -254,7 +254,7 @@ def probe(
         is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
         inputs = probe_inputs(submodel, num_tokens)
         if are_before and "input_ids" in inputs:
-            inputs.update(positions_before(submodel, num_tokens))
+            inputs.update(positions_before(submodel, inputs))
         with recording(modules, record, rejected.__setitem__), evaluating(submodel), gathering(submodel):
             try:
                 submodel(**inputs)
@@ -366,14 +366,27 @@ def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | No
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def positions_before(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
+def positions_before(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Return the argument that puts tokens at the positions from which a prefix acts: those before the first real one.
+    Return the arguments that put tokens at the positions from which a prefix acts: those before the first real one.
 
-    Keys that rotate by their position can have any: -num_tokens, …, -1. Positions that are learned, or looked up in a table,
-    begin at 0, and there is nothing to give.
+    Keys that rotate by their position can have any: …, -2, -1. Positions that are learned, or looked up in a table, begin at 0,
+    and there is nothing to give; as where queries are scaled by the logarithm of their position (Llama 4, Ministral 3).
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        inputs (`Mapping[str, torch.Tensor]`): The tokens, `input_ids` and perhaps `decoder_input_ids`, (1, tokens) each.
     """
+    config = model.config.get_text_config()
+    rotations = getattr(config, "rope_parameters", None) or {}
+    scales_queries = "llama_4_scaling_beta" in rotations or getattr(config, "attn_temperature_tuning", False)
     has_rotary = any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
-    if not has_rotary or "position_ids" not in inspect.signature(model.forward).parameters:
+    if scales_queries or not has_rotary:
         return {}
-    return {"position_ids": torch.arange(-num_tokens, 0, device=execution_device(model))[None]}
+    taken = inspect.signature(model.forward).parameters
+    names = {"input_ids": "position_ids", "decoder_input_ids": "decoder_position_ids"}
+    return {
+        position_name: torch.arange(-tokens.shape[1], 0, device=tokens.device)[None]
+        for name, position_name in names.items()
+        if position_name in taken and (tokens := inputs.get(name)) is not None
+    }

@@ -124,9 +124,10 @@ def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
     """Return the keys and values that a base model has for a text, (1, tokens), before an input, by attention module."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"A text can be read by a model of transformers, got a {type(model).__name__}.")
-    inputs = {"input_ids": token_ids, **positions_before(model, token_ids.shape[1])}
+    inputs = {"input_ids": token_ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = token_ids
+    inputs.update(positions_before(model, inputs))
     found: dict[str, KeyValue] = {}
 
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from models import (
@@ -690,3 +691,22 @@ def test_a_text_that_the_model_cannot_read_is_an_error_that_changes_nothing():
     model = prefixed(tiny_model("gpt2", n_positions=8), num_virtual_tokens=12)
     with unchanged(model), pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot read a text of 12 tokens"):
         initialize_from_text(model, word_tokenizer(), TEXT + " " + TEXT)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "model_type", "class_name"),
+    [
+        ("CAUSAL_LM", "ministral3", "Ministral3ForCausalLM"),  # scales its queries by the logarithm of their position
+        ("SEQ_2_SEQ_LM", "t5gemma", "T5GemmaForConditionalGeneration"),  # rotates in the encoder and in the decoder
+    ],
+)
+def test_positions_before_the_text_suit_models_that_make_more_of_positions(task_type, model_type, class_name):
+    case = tiny_models.Case(task_type, model_type, class_name)
+    inputs = tiny_models.inputs_of(case, tiny_models.tiny_model(case))
+    expected = output_of(tiny_models.tiny_model(case), **inputs)
+    model = prefixed(tiny_models.tiny_model(case), num_virtual_tokens=12, decoupled=True, init_weights=True)
+    assert torch.equal(output_of(model, **inputs), expected)
+    initialize_from_text(model, word_tokenizer(), TEXT + " " + TEXT)
+    assert all(
+        states.isfinite().all() and states.any() for pair in prefix_key_values(model).values() for states in pair
+    )
