@@ -64,7 +64,7 @@ class Scaling(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Return a copy of the factors: a call, as for every parameter, so that what shards a model gathers them."""
-        return self.factors.clone()
+        return self.factors.detach().clone()
 
 
 class PrefixEncoder(nn.Module):

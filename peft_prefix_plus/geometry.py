@@ -356,7 +356,8 @@ def probe_inputs(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Ten
 
 def _different_tokens(model: PreTrainedModel, num_tokens: int, device: torch.device | None) -> torch.Tensor:
     """Return token ids (1, num_tokens) spread evenly over the vocabulary."""
-    size = model.config.get_text_config().vocab_size
+    # a model of characters has no vocabulary, and takes any small numbers
+    size = getattr(model.config.get_text_config(), "vocab_size", num_tokens + 1)
     return (torch.arange(1, num_tokens + 1, device=device) * size // (num_tokens + 1))[None]
 
 

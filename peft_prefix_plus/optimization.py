@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .encoders import DirectEncoder, ProjectedEncoder
+from .encoders import DirectEncoder, ProjectedEncoder, Scaling
 from .layer import PrefixPlusLayer
 
 
@@ -85,6 +85,9 @@ def prefix_plus_param_groups(
             _check_number(argument, rate)
 
     left_out = set() if adapter_name is None else set(_parameters_of_others(model, adapter_name))
+    left_out.update(
+        parameter for module in model.modules() if isinstance(module, Scaling) for parameter in module.parameters()
+    )
     kinds = {parameter: kind for _, kind, parameter in _prefix_parameters(model)}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in DEFAULT_RATIOS}
     for parameter in model.parameters():  # yields a shared parameter once

@@ -20,7 +20,9 @@ def placed(model, where, folder):
         return accelerate.cpu_offload(model, execution_device="cpu")
     if where == "disk":
         return accelerate.disk_offload(model, str(folder), execution_device="cpu")
-    device_map = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    device_map = dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "prefix_plus"], "cpu"
+    )
     device_map.update({f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)})
     return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
@@ -88,7 +90,11 @@ def test_an_adapter_is_loaded_into_a_model_that_its_device_map_says_where_to_kee
         "adapter",
         is_trainable=True,
         # the default, "auto", fails where the CPU is the only device, whatever the PEFT method
-        device_map={"base_model.model.model": "cpu", "base_model.model.lm_head": "disk"},
+        device_map={
+            "base_model.model.model": "cpu",
+            "base_model.model.lm_head": "disk",
+            "base_model.model.prefix_plus": "cpu",  # what the layers share
+        },
         offload_dir="weights",
     )
 
