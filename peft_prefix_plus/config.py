@@ -67,7 +67,7 @@ class PrefixPlusConfig(PeftConfig):
         prefix_scaling (`float`, *optional*):
             Factor on what the encoder puts out. `None` means a factor for keys and one for values, measured in each
             attention module: 64 and 512 (32 and 64 if `decoupled`) times the power of two next to the standard deviation
-            of its own keys, and values. Learning rates around 5e-3 then suit.
+            of its own keys, and values. Learning rates of 2e-3 to 5e-3 then suit, the less the longer the training.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a learned per-head gate that starts at zero, to the
             untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly

@@ -38,7 +38,7 @@ class TrainingSettings:
         default=False, metadata={"help": "Go on from the last checkpoint in the output directory, if it has one."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Train anew into an output directory that is not empty."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "The highest learning rate."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "The highest learning rate."})
     schedule: str = field(
         default="linear",
         metadata={"help": "How the learning rate falls: linear, cosine, constant, … (transformers' names)."},
