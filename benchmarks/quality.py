@@ -366,23 +366,11 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
     started = time.monotonic()
     torch.manual_seed(run.seed)
     model = METHODS[run.method].adapt(base, tokenizer, scale.sizes[run.size], scale).to(device)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=run.rate, weight_decay=0.0)
-    warmup = scale.steps // 10
-    schedule = LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (scale.steps - step) / (scale.steps - warmup))
-    )
     generator = torch.Generator().manual_seed(run.seed)
-    model.train()
-    for _ in range(scale.steps):
-        model(**to(task.draw(generator), device)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    train(model, task, run.rate, generator, scale, device)
     result = {
         "loss": held_out_loss(model, task, device),
-        "parameters": sum(parameter.numel() for parameter in trainable),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": time.monotonic() - started,
     }
     if run.method == DEFAULT:
@@ -390,7 +378,26 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
         layers = suggest_layers(model, batches, budget=0.5, greedy=True).layers
         prune_layers(model, layers)
         result.update(kept_layers=layers, kept_loss=held_out_loss(model, task, device))
+        train(model, task, run.rate, generator, scale, device)
+        result.update(retrained_loss=held_out_loss(model, task, device))
     return result
+
+
+def train(model: Any, task: Task, rate: float, generator: torch.Generator, scale: Scale, device: str) -> None:
+    """Train what is trainable: a warmup over a tenth of the steps, then a linear decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+    warmup = scale.steps // 10
+    schedule = LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (scale.steps - step) / (scale.steps - warmup))
+    )
+    model.train()
+    for _ in range(scale.steps):
+        model(**to(task.draw(generator), device)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -517,14 +524,16 @@ def report(results: Results, options: argparse.Namespace, base_losses: dict[str,
 
 def report_layers(results: Results, options: argparse.Namespace, console: Console) -> None:
     """Print what is left of the default's loss when `suggest_layers` chooses half of the layers to keep."""
-    table = Table("task", "size", "seed", "all layers", "half of them", "ratio", "kept", title="Half of the layers")
+    columns = ["task", "size", "seed", "all layers", "half of them", "ratio", "trained on", "ratio", "kept"]
+    table = Table(*columns, title="Half of the layers")
     for task, size, method in combinations(options):
         for seed in range(options.seeds if method == DEFAULT else 0):
             result = results.get(Run(task, size, method, RATE[0], seed))
             if result is not None:
-                ratio = f"{result['kept_loss'] / result['loss']:.3f}"
-                numbers = [f"{result[name]:.3f}" for name in ("loss", "kept_loss")]
-                table.add_row(task, size, str(seed), *numbers, ratio, str(result["kept_layers"]))
+                cells = [f"{result['loss']:.3f}"]
+                for name in ("kept_loss", "retrained_loss"):
+                    cells += [f"{result[name]:.3f}", f"{result[name] / result['loss']:.3f}"]
+                table.add_row(task, size, str(seed), *cells, str(result["kept_layers"]))
     console.print(table)
 
 
