@@ -45,7 +45,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_prefix_plus import PrefixPlusConfig, initialize_from_text, prune_layers, suggest_layers
+from peft_prefix_plus import (
+    PrefixPlusConfig,
+    initialize_from_text,
+    prefix_plus_param_groups,
+    prune_layers,
+    suggest_layers,
+)
 from peft_prefix_plus.cli.records import IGNORED_LABEL, Collator, Record, encode
 from peft_prefix_plus.demo_text import examples
 from peft_prefix_plus.hub import write_atomically
@@ -386,7 +392,8 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
 def train(model: Any, task: Task, rate: float, generator: torch.Generator, scale: Scale, device: str) -> None:
     """Train what is trainable: a warmup over a tenth of the steps, then a linear decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+    # for all methods but one this is one rate: gates have another
+    optimizer = torch.optim.AdamW(prefix_plus_param_groups(model, lr=rate), weight_decay=0.0)
     warmup = scale.steps // 10
     schedule = LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (scale.steps - step) / (scale.steps - warmup))

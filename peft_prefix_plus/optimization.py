@@ -13,8 +13,11 @@ from .encoders import DirectEncoder, ProjectedEncoder, Scaling
 from .layer import PrefixPlusLayer
 
 
-DEFAULT_RATIOS = {"keys": 1.0, "values": 1.0, "gates": 1.0, "projection": 1.0, "other": 1.0}
-"""The rate of each group as a multiple of `lr`, where the caller names none."""
+DEFAULT_RATIOS = {"keys": 1.0, "values": 1.0, "gates": 25.0, "projection": 1.0, "other": 1.0}
+"""
+The rate of each group as a multiple of `lr`, where the caller names none. Keys and values differ by their scale already (see
+`scaling.py`); a gate must go from 0 to about 1 while they move. Measured: docs/quality.md.
+"""
 
 
 def prefix_plus_param_groups(
@@ -37,10 +40,10 @@ def prefix_plus_param_groups(
 
     Args:
         model (`nn.Module`): A model with PREFIX_PLUS adapters.
-        lr (`float`): The rate of every group for which none is given.
+        lr (`float`): The rate of every group for which none is given; gates have 25 times that.
         key_lr (`float`, *optional*): The rate of the keys.
         value_lr (`float`, *optional*): The rate of the values.
-        gate_lr (`float`, *optional*): The rate of the gates.
+        gate_lr (`float`, *optional*): The rate of the gates; `None` means 25 · `lr`.
         projection_lr (`float`, *optional*): The rate of the projection.
         weight_decay (`float`, defaults to 0.0): The weight decay of all but gates, biases and other vectors.
         adapter_name (`str`, *optional*):

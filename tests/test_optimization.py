@@ -58,7 +58,7 @@ def test_biases_of_whole_modules_and_gates_have_no_weight_decay():
     assert rates(groups) == {
         "keys": (0.1, 0.5),
         "values": (0.1, 0.5),
-        "gates": (0.1, 0.0),
+        "gates": (2.5, 0.0),
         "other": (0.1, 0.5),
         "other_no_decay": (0.1, 0.0),
     }
