@@ -126,18 +126,18 @@ class Method:
     A way of adapting the base model.
 
     Attributes:
-        adapt: Makes the adapted model of a base model, a tokenizer, the sizes and the scale.
+        adapt: Makes the adapted model of a base model, a tokenizer and the sizes.
         rates: Its grid of learning rates.
         sizes: At which sizes it runs.
     """
 
-    adapt: Callable[[Any, Any, Any, Scale], Any]
+    adapt: Callable[[Any, Any, Any], Any]
     rates: tuple[float, ...]
     sizes: tuple[str, ...] = ("0.5 %", "2 %")
 
 
 def prefix_tuning(**fields: Any) -> Callable[..., Any]:
-    def adapt(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+    def adapt(base: Any, tokenizer: Any, size: Any) -> Any:
         tokens, hidden = size[3] if fields.get("prefix_projection") else (size[0], None)
         config = PrefixTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=hidden, **fields
@@ -147,49 +147,49 @@ def prefix_tuning(**fields: Any) -> Callable[..., Any]:
     return adapt
 
 
-def prefix_tuning_from_text(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
-    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size[0]))
+def prefix_tuning_from_text(base: Any, tokenizer: Any, size: Any) -> Any:
+    model = prefix_tuning()(base, tokenizer, size)
     initialize_kv_prefix_from_text(model, tokenizer, text=TEXT, use_chat_template=False, max_length=size[0])
     return model
 
 
-def prefix_tuning_from_zero(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
-    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size[0]))
+def prefix_tuning_from_zero(base: Any, tokenizer: Any, size: Any) -> Any:
+    model = prefix_tuning()(base, tokenizer, size)
     torch.nn.init.zeros_(model.prompt_encoder["default"].embedding.weight)
     return model
 
 
-def cartridge(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+def cartridge(base: Any, tokenizer: Any, size: Any) -> Any:
     # its first token is frozen
     model = get_peft_model(base, CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=size[0] + 1))
     initialize_kv_prefix_from_text(model, tokenizer, text=TEXT, use_chat_template=False, max_length=size[0] + 1)
     return model
 
 
-def prompt_tuning(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+def prompt_tuning(base: Any, tokenizer: Any, size: Any) -> Any:
     return get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=size[2]))
 
 
-def lora(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+def lora(base: Any, tokenizer: Any, size: Any) -> Any:
     targets = ["q_proj", "v_proj"]
     return get_peft_model(
         base, LoraConfig(task_type="CAUSAL_LM", r=size[1], lora_alpha=size[1], target_modules=targets)
     )
 
 
-def full_fine_tuning(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+def full_fine_tuning(base: Any, tokenizer: Any, size: Any) -> Any:
     return base
 
 
 def prefix_plus(**fields: Any) -> Callable[..., Any]:
-    def adapt(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
+    def adapt(base: Any, tokenizer: Any, size: Any) -> Any:
         return get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=size[0], **fields))
 
     return adapt
 
 
-def prefix_plus_from_text(base: Any, tokenizer: Any, size: Any, scale: Scale) -> Any:
-    model = prefix_plus()(base, tokenizer, size, scale)
+def prefix_plus_from_text(base: Any, tokenizer: Any, size: Any) -> Any:
+    model = prefix_plus()(base, tokenizer, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the text is longer than the prefix
         initialize_from_text(model, tokenizer, TEXT)
@@ -371,7 +371,7 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
     base = LlamaForCausalLM.from_pretrained(directory / "base").to(device)
     started = time.monotonic()
     torch.manual_seed(run.seed)
-    model = METHODS[run.method].adapt(base, tokenizer, scale.sizes[run.size], scale).to(device)
+    model = METHODS[run.method].adapt(base, tokenizer, scale.sizes[run.size]).to(device)
     generator = torch.Generator().manual_seed(run.seed)
     train(model, task, run.rate, generator, scale, device)
     result = {

@@ -59,4 +59,4 @@ def starts_from_activations(config: PrefixPlusConfig) -> bool:
 
 def _power_of_two(number: float) -> float:
     """The power of two next to a number: products with it round nothing, so that scaling loses nothing."""
-    return 2.0 ** round(math.log2(number)) if number > 0 and math.isfinite(number) else 1.0
+    return 2.0 ** round(math.log2(number))
