@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft_prefix_plus import PrefixPlusConfig
 
 
 PROCESSES = 2
+SECONDS = 240
 IDS = torch.arange(3, 35).view(4, 8)
 LEARNING_RATE = 0.5
 
@@ -139,8 +141,19 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def run(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """Call `work(rank, folder, *args)` in every process; return what each returned, by rank."""
-    torch.multiprocessing.spawn(_enter, (work, str(folder), args), nprocs=PROCESSES)
+    """
+    Call `work(rank, folder, *args)` in every process; return what each returned, by rank.
+
+    Raises:
+        TimeoutError: After `SECONDS`; the processes are killed.
+    """
+    processes = torch.multiprocessing.spawn(_enter, (work, str(folder), args), nprocs=PROCESSES, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not processes.join(timeout=1.0):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            raise TimeoutError(f"{work.__name__} did not end in {SECONDS} s; it left {sorted(os.listdir(folder))}")
     return [torch.load(folder / f"results{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
@@ -152,4 +165,7 @@ def _enter(rank: int, work: Callable[..., Any], folder: str, args: tuple[Any, ..
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
     torch.save(work(rank, Path(folder), *args), f"{folder}/results{rank}.pt")
+    distributed.barrier()
     distributed.destroy_process_group()
+    # gloo's threads may outlive the group, and an interpreter that ends beside them can hang (pytorch issue 190489)
+    os._exit(0)
