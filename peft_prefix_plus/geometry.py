@@ -18,10 +18,14 @@ from .attention import (
     ConfigView,
     InlineAttention,
     InlineHooks,
+    PositionEmbeddings,
+    QueryRotation,
     attend_as_base,
     eager_attention_function,
+    find_rotation,
     may_compute_attention,
     model_config,
+    position_embeddings_of,
     reads_implementation,
     set_config,
 )
@@ -47,6 +51,9 @@ class AttentionGeometry:
         num_query_heads (`int`): Heads of its queries.
         key (`torch.Tensor`): The keys of some tokens of the vocabulary, (kv_heads, tokens, key_dim).
         value (`torch.Tensor`): Their values, (kv_heads, tokens, value_dim).
+        rotation (`QueryRotation`, *optional*): How it rotates its queries by their positions (RoPE), if it does.
+        obstacle (`str`, *optional*): Why the rotation of its queries cannot be undone, if it cannot.
+        unrotated_key (`torch.Tensor`): `key` before its rotation, if it is of the tokens that the queries are of.
     """
 
     kind: str
@@ -54,6 +61,9 @@ class AttentionGeometry:
     num_query_heads: int
     key: torch.Tensor = field(repr=False, compare=False)
     value: torch.Tensor = field(repr=False, compare=False)
+    rotation: QueryRotation | None
+    obstacle: str | None
+    unrotated_key: torch.Tensor = field(repr=False, compare=False)
 
 
 def calls_attention_interface(module: nn.Module) -> bool:
@@ -243,8 +253,17 @@ def probe(
         elif is_encoder_decoder and key.shape[2] != num_tokens:
             kind = "cross"
         shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
-        if name not in found:
-            found[name] = AttentionGeometry(kind, shape, query.shape[1], key[0], value[0])
+        rotation, embeddings = rotations.of_query(name, query)
+        if name in found:
+            return
+        key, value = key[:1].detach(), value[0].detach()
+        unrotated_key = key  # (1, kv_heads, tokens, key_dim)
+        if rotation is not None and embeddings is not None and key.shape[2] == query.shape[2]:
+            unrotated_key = rotation.undo(key, embeddings).detach()
+        obstacle = rotations.obstacles.get(name)
+        found[name] = AttentionGeometry(
+            kind, shape, query.shape[1], key[0], value, rotation, obstacle, unrotated_key[0]
+        )
 
     for prefix, submodel in _outermost_first(model):
         members = [name for name in modules if name.startswith(prefix)]
@@ -255,7 +274,12 @@ def probe(
         inputs = probe_inputs(submodel, num_tokens)
         if are_before and "input_ids" in inputs:
             inputs.update(positions_before(submodel, inputs))
-        with recording(modules, record, rejected.__setitem__), evaluating(submodel), gathering(submodel):
+        with (
+            recording(modules, record, rejected.__setitem__),
+            evaluating(submodel),
+            gathering(submodel),
+            _observing_rotations(modules) as rotations,
+        ):
             try:
                 submodel(**inputs)
             except Exception as error:
@@ -272,6 +296,70 @@ def probe(
     if unreached or not found:
         raise ValueError(_why_not_found(model, unreached, rejected))
     return {name: found[name] for name in modules if name in found}
+
+
+class _Rotations:
+    """
+    What is seen of the attention modules' rotations in a probe.
+
+    Whether a module has rotated its queries (some have layers that do not) is told by whether they depend on the position
+    embeddings that it was given: that is known without the weights.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.obstacles: dict[str, str] = {}
+        self.handles: list[Any] = []
+        self._rotations: dict[str, QueryRotation] = {}
+        self._embeddings: dict[str, PositionEmbeddings] = {}
+        for name, module in modules.items():
+            try:
+                rotation = find_rotation(module)
+                if rotation is not None and not calls_attention_interface(module):
+                    raise ValueError("it computes attention itself")
+            except ValueError as error:
+                self.obstacles[name] = str(error)
+                continue
+            if rotation is not None:
+                self._rotations[name] = rotation
+                hook = partial(self._watch, name)
+                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a module's forward: have autograd follow its position embeddings."""
+        embeddings = position_embeddings_of(module, args, kwargs)
+        if embeddings is None:
+            return None
+        torch.set_grad_enabled(True)
+        watched: PositionEmbeddings
+        if isinstance(embeddings, torch.Tensor):
+            watched = embeddings.detach().requires_grad_()
+        else:
+            cos, sin = embeddings
+            watched = cos.detach().requires_grad_(), sin.detach()
+        self._embeddings[name] = watched
+        return tuple(watched if each is embeddings else each for each in args), {
+            key: watched if each is embeddings else each for key, each in kwargs.items()
+        }
+
+    def of_query(self, name: str, query: torch.Tensor) -> tuple[QueryRotation | None, PositionEmbeddings | None]:
+        """Return how a module has rotated its queries, if it has, and by what."""
+        embeddings = self._embeddings.pop(name, None)
+        torch.set_grad_enabled(False)
+        if embeddings is None or not query.requires_grad:
+            return None, None
+        watched = embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
+        gradient = torch.autograd.grad(query, watched, torch.zeros_like(query), allow_unused=True)[0]
+        return (None, None) if gradient is None else (self._rotations[name], embeddings)
+
+
+@contextmanager
+def _observing_rotations(modules: dict[str, nn.Module]) -> Iterator[_Rotations]:
+    rotations = _Rotations(modules)
+    try:
+        yield rotations
+    finally:
+        for handle in rotations.handles:
+            handle.remove()
 
 
 def spread(states: torch.Tensor) -> float:

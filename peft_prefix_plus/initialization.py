@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ def initialize_from_text(
     by the keys (no bias by distance, as of ALiBi or T5). The other reparameterizations are fitted to it (see
     [`initialize_from_key_values`]).
 
+    A text's keys are at its own positions: where the model rotates keys, the adapter is `position_free=False` afterwards.
+
     Args:
         model (`nn.Module`): A model with the adapter.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
@@ -46,6 +49,9 @@ def initialize_from_text(
         TypeError: If the base model is not one of transformers.
         ValueError: If the model has no such adapter, the text is too short, the model cannot read it, or it does not reach
             one of the adapter's attention modules. The adapter is then as it was.
+
+    Warns:
+        UserWarning: If the text is longer, or the adapter was position-free where that makes a difference.
     """
     layers = layers_with_adapter(model, adapter_name)
     num_tokens = layers[0][1].prefix_key_value(adapter_name)[0].shape[1]
@@ -68,7 +74,18 @@ def initialize_from_text(
             f"A text does not reach {', '.join(unread)}, where adapter {adapter_name!r} has a prefix. Use "
             "initialize_from_key_values with keys and values for these modules too."
         )
-    return initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
+    residuals = initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
+    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
+        warnings.warn(
+            f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
+            "the adapter with position_free=False if that is what you want.",
+            stacklevel=2,
+        )
+        configs: Any = base.peft_config
+        configs[adapter_name].position_free = False
+        for _, layer in layers:
+            layer.set_position_free(adapter_name, False, layer.rotation)
+    return residuals
 
 
 def initialize_from_key_values(
@@ -83,8 +100,8 @@ def initialize_from_key_values(
     Args:
         model (`nn.Module`): A model with the adapter.
         key_values (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): What [`prefix_key_values`] returns: for each
-            attention module of the adapter, keys (kv_heads, num_virtual_tokens, key_dim) as they enter attention, rotated,
-            and values (kv_heads, num_virtual_tokens, value_dim).
+            attention module of the adapter, keys (kv_heads, num_virtual_tokens, key_dim) as they enter attention (rotated,
+            unless the adapter is position-free), and values (kv_heads, num_virtual_tokens, value_dim).
         adapter_name (`str`, defaults to `"default"`): The adapter.
 
     Returns:

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .attention import (
     ConfigView,
     InlineHooks,
+    PositionEmbeddings,
     Prefix,
+    QueryRotation,
     concatenated,
     eager_attention_function,
     model_config,
+    position_embeddings_of,
     reads_implementation,
     require_complete,
     set_config,
@@ -73,7 +77,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
-    other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled")
+    other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled", "is_position_free")
 
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
@@ -82,10 +86,15 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         self.prefix_plus_scaling = nn.ModuleDict({})
         self.dropout: dict[str, float] = {}
         self.is_decoupled: dict[str, bool] = {}
+        self.is_position_free: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
         self.eager_attention = eager_attention_function(type(attention)) if is_interface else None
         # Set by `attach` where the attention module does not call the attention interface.
         self.inline_hooks: InlineHooks | None = None
+        # How the module rotates its queries, and by what in the forward that runs: kept while an adapter is position-free.
+        self.rotation: QueryRotation | None = None
+        self.position_embeddings: PositionEmbeddings | None = None
+        self._position_hook: RemovableHandle | None = None
         self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
         self._adapters = adapters
         self._active_adapter = []
@@ -124,10 +133,62 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
         self.dropout[adapter_name] = float(config.encoder_dropout)
         self.is_decoupled[adapter_name] = config.decoupled
+        self.set_position_free(adapter_name, bool(config.position_free), geometry.rotation)
         dtypes = (parameter.dtype for parameter in self.attention.parameters() if parameter.is_floating_point())
         self._adapter_to(adapter_name, dtype=next(dtypes, None))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def set_position_free(self, adapter_name: str, is_position_free: bool, rotation: QueryRotation | None) -> None:
+        """
+        Say whether an adapter's keys meet unrotated queries.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            is_position_free (`bool`): Whether they do.
+            rotation (`QueryRotation`, *optional*): How the attention module rotates its queries, if it does.
+        """
+        self._produced.clear()
+        self.is_position_free[adapter_name] = is_position_free
+        self._watch_positions(rotation)
+
+    def stop_watching_positions(self) -> None:
+        """Leave the attention module's forward as it was."""
+        if self._position_hook is not None:
+            self._position_hook.remove()
+        self._position_hook = self.rotation = None
+
+    def _watch_positions(self, rotation: QueryRotation | None) -> None:
+        """Remember the position embeddings of each forward, if an adapter needs them."""
+        self.stop_watching_positions()
+        if rotation is not None and any(self.is_position_free.values()):
+            self.rotation = rotation
+            self._position_hook = self.attention.register_forward_pre_hook(_remember_positions, with_kwargs=True)
+
+    def reads_unrotated(self, adapter_name: str) -> bool:
+        """Whether an adapter's prefix meets other queries than those that enter attention."""
+        return self.is_position_free[adapter_name] and self.rotation is not None
+
+    def queries(self, query: torch.Tensor, reads: str) -> torch.Tensor:
+        """
+        Return the queries that a prefix reads.
+
+        Args:
+            query (`torch.Tensor`): The queries as they enter attention, (batch, query_heads, tokens, key_dim).
+            reads (`str`): See [`Prefix`].
+
+        Returns:
+            `torch.Tensor`: Of the same shape, or twice as wide for `"both"`.
+        """
+        if reads == "rotated":
+            return query
+        if self.rotation is None or self.position_embeddings is None:
+            raise RuntimeError(
+                f"{type(self.attention).__name__} was called without its `position_embeddings`, which its position-free "
+                "prefix needs. Call it as its model does."
+            )
+        unrotated = self.rotation.undo(query, self.position_embeddings)
+        return torch.cat([query, unrotated], dim=-1) if reads == "both" else unrotated
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
         """Return what produces an adapter's prefix here."""
@@ -242,7 +303,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             # generation repeats each row of the input for its beams and returned sequences
             rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
             mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
-        return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name])
+        reads = "unrotated" if self.reads_unrotated(adapter_name) else "rotated"
+        return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name], reads)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters, as in PEFT."""
@@ -259,6 +321,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]
+        self._watch_positions(self.rotation)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -297,8 +360,16 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         if adapter_name in self.prefix_plus_gate:
             self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(**destination)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "position_embeddings": None}  # of a forward that a copy has not run
+
     def __repr__(self) -> str:
         return f"{METHOD_NAME}.{super().__repr__()}"
+
+
+def _remember_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the forward of an attention module."""
+    module._modules[METHOD_NAME].position_embeddings = position_embeddings_of(module, args, kwargs)
 
 
 def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
@@ -317,6 +388,7 @@ def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
 def detach(attention: nn.Module) -> None:
     """Leave the attention module as it was before [`attach`]."""
     layer: Any = getattr(attention, METHOD_NAME)
+    layer.stop_watching_positions()
     if layer.inline_hooks is None:
         set_config(attention, model_config(attention))
     else:

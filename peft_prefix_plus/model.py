@@ -24,10 +24,9 @@ from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .others import keeping_others_modules, leave_modules_to_others, require_free_name
 from .registration import METHOD_NAME, PREFIX_PLUS
-from .scaling import starts_from_activations
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
-from .targets import Selection, select_modules, select_saved_modules, warn_of_impossible
+from .targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
 
 
 BASE_MODEL_NAME = "__base__"
@@ -105,13 +104,14 @@ class PrefixPlusModel(BaseTuner):
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
         config: Any = self.peft_config[adapter_name]
-        target_modules = config.target_modules
+        target_modules, position_free = config.target_modules, config.position_free
         snapshot = Snapshot(model)
         try:
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
                 self._selection = select_saved_modules(model, config, state_dict)
+            config.position_free = resolve_position_free(model, config, self._selection)
             for name in self._selection.modules:
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):
@@ -127,6 +127,7 @@ class PrefixPlusModel(BaseTuner):
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
         except BaseException:
+            config.position_free = position_free
             self._undo_adding(model, adapter_name, snapshot)
             raise
         finally:
@@ -141,7 +142,7 @@ class PrefixPlusModel(BaseTuner):
         assert self._selection is not None
         geometries = self._selection.modules
         if any(geometry.key.is_meta for geometry in geometries.values()):
-            if not config.awaits_weights and (config.prefix_scaling is None or starts_from_activations(config)):
+            if not config.awaits_weights and (config.prefix_scaling is None or config.init_weights == "activations"):
                 warnings.warn(
                     f"{type(model).__name__} has no weights yet (it is on the meta device), so its keys and values could not "
                     "be measured: the prefix is scaled as if their standard deviation were 1, and starts at random. Load the "
@@ -150,13 +151,16 @@ class PrefixPlusModel(BaseTuner):
                 )
             return
         encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
-        if not starts_from_activations(config) or any(encoder.is_empty() for encoder in encoders.values()):
+        if config.init_weights != "activations" or any(encoder.is_empty() for encoder in encoders.values()):
             return  # empty: built to be filled by a checkpoint
         length, keeps_values = config.num_virtual_tokens, not config.decoupled
         fit(
             encoders,
             {
-                name: (repeated(geometry.key, length), repeated(geometry.value, length) * keeps_values)
+                name: (
+                    repeated(geometry.unrotated_key if config.position_free else geometry.key, length),
+                    repeated(geometry.value, length) * keeps_values,
+                )
                 for name, geometry in geometries.items()
             },
         )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,27 +26,21 @@ from torch import nn
 
 from .config import PrefixPlusConfig
 from .conversion import prefix_key_values
-from .geometry import attention_modules, evaluating, recording
+from .exactness import (
+    check_equal,
+    exact_up_to,
+    measured_rotations,
+    prefixes_in,
+    random_text,
+    record_attention,
+    run_with_cache,
+    warn_of_length,
+)
+from .geometry import attention_modules, evaluating
 from .initialization import initialize_from_key_values
 from .model import PrefixPlusModel, layers_with_adapter
-from .rotation import Rotation, candidate_rotations, closest_rotation
 from .targets import select_modules
 
-
-NUM_TOKENS = 16
-"""Length of the random text on which a conversion is measured and verified."""
-
-TOLERANCE = {torch.float64: 5e-5, torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""
-How much of the norm of its keys or queries a rotation may leave unexplained, by the base model's dtype. Rounding leaves about
-a tenth of this in 16 layers (rotary angles are float32 in any dtype).
-"""
-
-OUTPUT_TOLERANCE = 1e-5
-"""How far the outputs may differ where moving the text alone changes nothing, as a multiple of the largest (and of 1)."""
-
-ROUNDING = 8.0
-"""How many times further they may differ than moving the text alone changes them, which is rounding where rotations fit."""
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 """The name under which PEFT saves a prefix."""
@@ -113,12 +105,12 @@ def from_prefix_tuning(
         source = adapter if isinstance(adapter, PeftModel) else _load(adapter, base, allow_pickle, hub_arguments)
         source_config = _check_source(source)
         length = source_config.num_virtual_tokens
-        exact = _check_length(base, length)
-        inputs = _random_text(base, exact)
+        exact = exact_up_to(base, length)
+        inputs = random_text(base, exact)
         with evaluating(source):
-            recorded, expected = _record(base, lambda: source(**inputs))
-        prefixed = _prefixed_by(recorded, inputs["input_ids"].shape[1], length)
-        rotations, rounding = _rotations(base, source, prefixed, inputs, length)
+            recorded, expected = record_attention(base, lambda: source(**inputs))
+        prefixed = prefixes_in(recorded, inputs["input_ids"].shape[1], length)
+        rotations, rounding = measured_rotations(base, source, prefixed, inputs, length)
         key_values = {name: (rotations[name].rotate(key, -length), value) for name, (key, value) in prefixed.items()}
         saved_modules = {
             key.removeprefix("base_model."): tensor.clone()
@@ -134,12 +126,12 @@ def from_prefix_tuning(
             _fill_saved_modules(result, adapter_name, saved_modules)
             with evaluating(result), torch.no_grad():
                 found = result(**inputs)[0]
-            _check_equal(base, found, expected, rounding, length)
+            check_equal(base, found, expected, rounding, length)
         except BaseException:
             assert isinstance(result.base_model, PrefixPlusModel)
             result.base_model.unload()
             raise
-    _warn_of_length(exact)
+    warn_of_length(exact)
     return result
 
 
@@ -164,7 +156,7 @@ def to_prefix_tuning(
 
     Raises:
         TypeError: If `model` is not a `PeftModel`.
-        ValueError: If PREFIX_TUNING cannot express the adapter (a gate, some layers only, cross-attention or an encoder, keys
+        ValueError: If PREFIX_TUNING cannot express the adapter (position-free, a gate, some layers only, cross-attention or an encoder, keys
             and values of different shapes), or does not give the same output on this model.
 
     Warns:
@@ -172,13 +164,18 @@ def to_prefix_tuning(
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` must be a PeftModel with a PREFIX_PLUS adapter, got {type(model).__name__}.")
-    layers_with_adapter(model, adapter_name)  # raises if there is no such adapter
+    layers = layers_with_adapter(model, adapter_name)
     base: Any = model.get_base_model()
     prefixes = prefix_key_values(model, adapter_name)
     config = _tuning_config(base, model.peft_config[adapter_name], prefixes)
+    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
+        raise ValueError(
+            f"In PREFIX_TUNING the prefix is at fixed positions, so adapter {adapter_name!r}, which is position-free, cannot be "
+            "expressed in it. Train one with position_free=False."
+        )
     length = config.num_virtual_tokens
-    exact = _check_length(base, length)
-    inputs = _random_text(base, exact)
+    exact = exact_up_to(base, length)
+    inputs = random_text(base, exact)
     with _only_active(model, adapter_name), evaluating(base):
         expected = model(**inputs)[0]
         carrier = PeftModel(base, config)  # the plain class: the one of the task would wrap the head anew
@@ -187,15 +184,15 @@ def to_prefix_tuning(
                 f"PREFIX_TUNING takes {type(base).__name__}'s keys for {config.num_attention_heads} heads of "
                 f"{config.token_dim} numbers together; they are {_token_shape(prefixes)[1]} of {_token_shape(prefixes)[0]}."
             )
-        rotations, rounding = _rotations(base, carrier, prefixes, inputs, length)
+        rotations, rounding = measured_rotations(base, carrier, prefixes, inputs, length)
         columns = []
         for name, (key, value) in prefixes.items():
             columns += [rotations[name].rotate(key, length), value]  # (kv_heads, tokens, head_dim) each
         embeddings = torch.cat([column.transpose(0, 1).flatten(1).float().cpu() for column in columns], dim=1)
         prompt_encoder: Any = carrier.prompt_encoder["default"]
         prompt_encoder.load_prompt_embeddings(embeddings)
-        _, found = _record(base, lambda: _run_with_cache(base, carrier, inputs, length, is_seen=True))
-        _check_equal(base, found, expected, rounding, length)
+        _, found = record_attention(base, lambda: run_with_cache(base, carrier, inputs, length, is_seen=True))
+        check_equal(base, found, expected, rounding, length)
 
     config.modules_to_save = model.peft_config[adapter_name].modules_to_save  # type: ignore[attr-defined]
     state_dict = {PROMPT_EMBEDDINGS: embeddings.contiguous()}
@@ -206,7 +203,7 @@ def to_prefix_tuning(
         os.makedirs(save_directory, exist_ok=True)
         save_file(state_dict, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         config.save_pretrained(os.fspath(save_directory))
-    _warn_of_length(exact)
+    warn_of_length(exact)
     return config, state_dict
 
 
@@ -281,6 +278,7 @@ def _plus_config(base: Any, source: Any, prefixed: list[str]) -> PrefixPlusConfi
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         modules_to_save=getattr(source, "modules_to_save", None),
+        position_free=False,
     )
     if list(select_modules(base, config).modules) != prefixed:
         config.target_modules = prefixed
@@ -344,180 +342,6 @@ def _fill_saved_modules(model: PeftModel, adapter_name: str, saved_modules: Mapp
         if name in saved_modules:
             state_dict[key] = saved_modules[name].to(tensor)
     set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
-
-
-# ------------------------------------------------------------------------------------------------------ measuring
-
-
-@dataclass(frozen=True)
-class _Attended:
-    """The queries, keys and values of one attention module on a text, (heads or kv_heads, tokens, dim) each."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-def _random_text(base: Any, exact: tuple[int, str] | None) -> dict[str, torch.Tensor]:
-    """A row of random token ids, none of which means something special, the same every time; no longer than is exact."""
-    num_tokens = NUM_TOKENS if exact is None else min(NUM_TOKENS, exact[0])
-    special = {
-        number
-        for name, value in base.config.get_text_config().to_dict().items()
-        if name.endswith(("token_id", "token_index"))
-        for number in (value if isinstance(value, list) else [value])
-    }
-    vocabulary = getattr(base.get_input_embeddings(), "num_embeddings", None)
-    if vocabulary is None:
-        raise ValueError(
-            f"{type(base).__name__} takes no plain text as input, so a conversion cannot be verified on it."
-        )
-    plain = torch.tensor([number for number in range(vocabulary) if number not in special])
-    ids = plain[torch.randint(len(plain), (1, num_tokens), generator=torch.Generator().manual_seed(0))]
-    return {"input_ids": ids.to(base.device), "attention_mask": torch.ones_like(ids).to(base.device)}
-
-
-def _record(base: nn.Module, run: Any) -> tuple[dict[str, _Attended], torch.Tensor]:
-    """Return what every attention module attends to when `run` runs the base model, and what that puts out."""
-    attended = {}
-
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        attended[name] = _Attended(query[0].detach(), key[0].detach(), value[0].detach())
-
-    with recording(attention_modules(base), record), torch.no_grad():
-        output = run()[0]
-    return attended, output
-
-
-def _run_with_cache(
-    base: Any, source: PeftModel, inputs: Mapping[str, torch.Tensor], length: int, is_seen: bool
-) -> Any:
-    """Run the base model as PREFIX_TUNING does, on a cache that holds the prefix, which the text sees or not."""
-    mask = inputs["attention_mask"]
-    prefix_mask = mask.new_full((len(mask), length), int(is_seen))
-    return base(
-        input_ids=inputs["input_ids"],
-        attention_mask=torch.cat([prefix_mask, mask], dim=1),
-        past_key_values=source.get_prompt(batch_size=len(mask)),
-    )
-
-
-def _prefixed_by(
-    recorded: Mapping[str, _Attended], num_tokens: int, length: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the prefixes in what was attended to, by the names of the modules that have one."""
-    prefixed = {
-        name: (attended.key[:, :length], attended.value[:, :length])
-        for name, attended in recorded.items()
-        if attended.key.shape[1] == num_tokens + length
-    }
-    if not prefixed:
-        raise ValueError(
-            "PREFIX_TUNING's prefix does not reach any attention module of this model, so there is nothing to convert."
-        )
-    return prefixed
-
-
-def _rotations(
-    base: Any,
-    source: PeftModel,
-    names: Mapping[str, Any],
-    inputs: Mapping[str, torch.Tensor],
-    length: int,
-) -> tuple[dict[str, Rotation], float]:
-    """
-    Measure by which rotation each module's keys and queries follow their positions.
-
-    The same text is run at its own positions and, after a prefix that it does not see, `length` positions further on.
-
-    Returns:
-        `tuple[dict[str, Rotation], float]`: The rotations by module, and how far the move alone has changed the output.
-    """
-    here, output = _record(base, lambda: base(**inputs))
-    moved, moved_output = _record(base, lambda: _run_with_cache(base, source, inputs, length, is_seen=False))
-    rotations = {}
-    for name in names:
-        candidates = candidate_rotations(base, here[name].key.shape[-1])
-        rotation, key_error = closest_rotation(candidates, here[name].key, moved[name].key[:, length:], length)
-        _, query_error = closest_rotation([rotation], here[name].query, moved[name].query, length)
-        error = max(key_error, query_error)
-        if error > TOLERANCE[base.dtype]:
-            raise ValueError(
-                f"The conversion is not exact for {type(base).__name__}: PREFIX_TUNING moves the real tokens' positions by "
-                f"{length}, and the keys and queries of {name} do not follow by one rotation (the closest leaves "
-                f"{error:.2%} of them). This is so for instance where positions are learned, as in GPT-2: the tokens themselves change. "
-                "Train a new adapter."
-            )
-        rotations[name] = rotation
-    return rotations, (moved_output - output).abs().max().item()
-
-
-def _check_equal(base: Any, found: torch.Tensor, expected: torch.Tensor, rounding: float, length: int) -> None:
-    """Raise if outputs differ by more than rounding, which is what moving the text alone has changed them by."""
-    difference = (found - expected).abs().max().item()
-    limit = max(OUTPUT_TOLERANCE * max(1.0, expected.abs().max().item()), ROUNDING * rounding)
-    if not difference <= limit:
-        raise ValueError(
-            f"The conversion is not exact for {type(base).__name__}: on a random text the outputs of PREFIX_TUNING and "
-            f"PREFIX_PLUS differ by {difference:.2g}, more than rounding ({limit:.2g}). PREFIX_TUNING moves the real tokens' "
-            f"positions by {length}. That can be undone for rotary positions, but not for instance where positions are "
-            "learned (GPT-2, OPT, BERT), or are a bias on the scores that the prefix has too (ALiBi in Bloom and MPT). Train "
-            "a new adapter."
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ how far it holds
-
-
-def _check_length(base: Any, length: int) -> tuple[int, str] | None:
-    """
-    Return the number of real tokens up to which both methods give the same output, with the reason; `None` for any number.
-
-    Raises:
-        ValueError: If there is not even one.
-    """
-    bounds = [(bound - length, reason) for bound, reason in _bounds(base.config.get_text_config())]
-    if not bounds:
-        return None
-    num_tokens, reason = min(bounds)
-    if num_tokens < 1:
-        raise ValueError(
-            f"The conversion is not exact for {type(base).__name__}, not even for one token: the prefix has {length} "
-            f"virtual tokens, and {reason}."
-        )
-    return num_tokens, reason
-
-
-def _bounds(config: Any) -> Iterator[tuple[int, str]]:
-    """Yield the last position, counted from 1, up to which a model attends the same wherever a text begins, and why."""
-    kinds = getattr(config, "layer_types", None) or ()
-    for field, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
-        bound = getattr(config, field, None)
-        if bound is not None and (not kinds or any(kind in each for each in kinds)):
-            yield bound, f"PREFIX_TUNING's prefix is not seen beyond `{field}` = {bound}, and PREFIX_PLUS's is"
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4, which counts positions from 1 here
-        yield (
-            config.floor_scale - 1,
-            f"queries change their scale with their position, at `floor_scale` = {config.floor_scale}",
-        )
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in parameters.values() if all(isinstance(value, dict) for value in parameters.values()) else [parameters]:
-        rope_type = rope.get("rope_type", "default")
-        original: Any = rope.get("original_max_position_embeddings") or getattr(
-            config, "max_position_embeddings", None
-        )
-        if "dynamic" in rope_type or rope_type == "longrope":
-            yield original, f"rotary frequencies of type {rope_type!r} change at position {original}"
-        if "llama_4_scaling_beta" in rope:  # Ministral 3
-            yield original, f"queries change their scale with their position, at {original}"
-
-
-def _warn_of_length(exact: tuple[int, str] | None) -> None:
-    if exact is not None:
-        num_tokens, reason = exact
-        warnings.warn(
-            f"Both methods give the same output for up to {num_tokens} tokens of text. Beyond, {reason}.", stacklevel=3
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ what is put back

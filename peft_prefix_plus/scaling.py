@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 JOINT_SCALES = 64.0, 512.0
-DECOUPLED_SCALES = 32.0, 64.0
+DECOUPLED_SCALES = 32.0, 32.0
 """Standard deviations of the base model's keys, and values, that a parameter of 1 stands for with `prefix_scaling=None`, by
 whether the prefix has a softmax. Measured: docs/quality.md."""
 
@@ -50,11 +50,6 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
     elif config.decoupled and config.init_weights is True:
         value_std = 0.0
     encoder.initialize_parameters(key_std, value_std)
-
-
-def starts_from_activations(config: PrefixPlusConfig) -> bool:
-    """Whether a configuration's prefix starts from the base model's own keys, and values."""
-    return config.init_weights == "activations" or (config.decoupled and config.init_weights is True)
 
 
 def _power_of_two(number: float) -> float:

@@ -16,7 +16,6 @@ from .attention import UNSUPPORTED
 from .config import PrefixPlusConfig
 from .geometry import PROBE_TOKENS, AttentionGeometry, attention_modules, probe
 from .registration import METHOD_NAME
-from .scaling import starts_from_activations
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,25 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     return Selection({name: geometries[name] for name in chosen}, frozenset(excluded), impossible)
 
 
+def resolve_position_free(model: nn.Module, config: PrefixPlusConfig, selection: Selection) -> bool:
+    """
+    Return what a configuration's `position_free` comes to on a model.
+
+    Raises:
+        ValueError: If it is `True` and there is a chosen module whose rotation of queries cannot be undone.
+    """
+    obstacles = {name: geometry.obstacle for name, geometry in selection.modules.items() if geometry.obstacle}
+    if config.position_free is None:
+        return not obstacles
+    if config.position_free:
+        for name, obstacle in obstacles.items():
+            raise ValueError(
+                f"`position_free` is True, but the rotation of queries in {name} of {type(model).__name__} cannot be undone: "
+                f"{obstacle}. Use position_free=False, or leave it None."
+            )
+    return config.position_free
+
+
 def warn_of_impossible(model: nn.Module, selection: Selection) -> None:
     """Warn of the attention modules that a user would expect to have a prefix, if there are any."""
     if not selection.impossible:
@@ -122,7 +140,7 @@ def select_saved_modules(
 
 def _probe_options(config: PrefixPlusConfig) -> dict[str, Any]:
     """How many of the base model's own keys and values the adapter's start needs, and where."""
-    if not starts_from_activations(config):
+    if config.init_weights != "activations":
         return {}
     return {"num_tokens": max(PROBE_TOKENS, config.num_virtual_tokens), "are_before": True}
 

@@ -33,7 +33,7 @@ Every architecture in transformers' auto mappings, tested on a tiny random model
 {transformers} and torch {torch}: wrap it, check that the adapter changes the output, that disabled it is the base model bit
 for bit, that a row of a batch does not depend on the others, generate greedily with a cache and compare with forwards over
 the whole text, save, unload (the base model bit for bit), load and compare the logits, and take a training step in which
-every adapter parameter gets a gradient. A model that is *refused* raises a `ValueError` before anything is changed.
+every adapter parameter gets a gradient. A prefix that reads unrotated queries reads the same wherever the text begins. A model that is *refused* raises a `ValueError` before anything is changed.
 
 `make test-models` repeats all of it and writes this page.
 
@@ -43,6 +43,15 @@ every adapter parameter gets a gradient. A model that is *refused* raises a `Val
 
 Modules with a prefix call transformers' attention interface, or compute attention themselves in a way that is followed
 (see [the method](method.md)). Other mixers of hybrid models (state spaces, convolutions, linear attention) stay untouched.
+"""
+
+FIXED = """
+## At fixed positions
+
+Here `position_free=None` comes to `False` ([why](method.md#positions)): the rotation of queries cannot be undone, because
+
+| Model | of this |
+|---|---|
 """
 
 PARTIAL = """
@@ -80,7 +89,7 @@ def page(results: list[dict[str, Any]]) -> str:
     text = HEAD.format(
         transformers=transformers.__version__, torch=torch.__version__.partition("+")[0], summary="\n".join(summary)
     )
-    text += refused_section(results) + untested_section() + PARTIAL
+    text += refused_section(results) + untested_section() + fixed_section(results) + PARTIAL
     rows = {
         f"| `{result['case'][2]}` | {code_list(result['detail']['others'])} | {code_list(result['detail']['prefixed'])} |"
         for result in results
@@ -103,6 +112,15 @@ def refused_section(results: list[dict[str, Any]]) -> str:
     }
     table = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(rows.items()))
     return f"\n## Refused\n\n| Model | its error |\n|---|---|\n{table}\n"
+
+
+def fixed_section(results: list[dict[str, Any]]) -> str:
+    rows = {
+        f"| `{result['case'][2]}` | {'; '.join(result['detail']['obstacles'])} |"
+        for result in results
+        if result["outcome"] == "passed" and result["detail"]["obstacles"]
+    }
+    return FIXED + "\n".join(sorted(rows)) + "\n"
 
 
 def untested_section() -> str:

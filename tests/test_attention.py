@@ -300,11 +300,12 @@ def test_an_implementation_whose_mask_is_not_known_is_an_error(name):
     ],
 )
 def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
-    query, key, _, _ = tensors()
-    assert dispatch.why_concatenate("sdpa", query, key, None, kwargs) == reason
-    assert dispatch.why_concatenate("eager", query, key, None, {}) == "another implementation than sdpa"
+    query, key, _, (prefix,) = tensors()
+    assert dispatch.why_concatenate("sdpa", query, key, None, prefix, kwargs) == reason
+    assert dispatch.why_concatenate("eager", query, key, None, prefix, {}) == "another implementation than sdpa"
     assert (
-        dispatch.why_concatenate("sdpa", query, key, None, {"dropout": 0.0, "softcap": None, "scaling": 2.0}) is None
+        dispatch.why_concatenate("sdpa", query, key, None, prefix, {"dropout": 0.0, "softcap": None, "scaling": 2.0})
+        is None
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_attention import LENGTH, Attention, causal, formula, padded, tensors
+from test_position_free import attention_over, drawn, free_formula
 
 from peft_prefix_plus.attention import Prefix, dispatch, kernels
 
@@ -64,6 +65,29 @@ def test_a_cuda_kernel_with_a_prefix_is_the_formula(only, kernel, dtype, masked,
     for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
         error = (gradient.cpu().double() - reference).abs().max()
         assert error <= 3 * TOLERANCE[dtype] * reference.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("kernel, dtype, masked", CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_on_cuda_a_position_free_prefix_is_the_formula(only, kernel, dtype, masked, training):
+    only(kernel)
+    query, unrotated, key, value, (prefix,) = drawn(64, dtype=dtype)
+    visible = padded(64, 64) if masked else causal(64, 64)
+    tensors = (query, unrotated, key, value, prefix.key, prefix.value)
+    leaves = [tensor.cuda().requires_grad_(training) for tensor in tensors]
+    module = attention_over([Prefix(*leaves[4:], reads="unrotated")], leaves[1])
+    mask = visible[:, None].cuda() if masked else None
+    output, _ = module.attend(leaves[0], *leaves[2:4], mask, scaling=0.3)
+
+    high = [tensor.detach().cpu().double().requires_grad_() for tensor in leaves]
+    expected = free_formula(*high[:4], [Prefix(*high[4:], reads="unrotated")], 0.3, visible)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=3 * TOLERANCE[dtype])
+    if training:
+        weights = torch.randn_like(expected)
+        gradients = torch.autograd.grad((output * weights.to(output)).sum(), leaves)
+        for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
+            error = (gradient.cpu().double() - reference).abs().max()
+            assert error <= 3 * TOLERANCE[dtype] * reference.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

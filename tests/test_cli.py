@@ -360,7 +360,9 @@ def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: 
     model = LlamaForCausalLM.from_pretrained(base)
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     lora.save_pretrained(str(tmp_path / "lora"))
-    model = get_peft_model(lora.unload(), PrefixPlusConfig(task_type="CAUSAL_LM", layers_to_transform=0))
+    model = get_peft_model(
+        lora.unload(), PrefixPlusConfig(task_type="CAUSAL_LM", layers_to_transform=0, position_free=False)
+    )
     model.save_pretrained(str(tmp_path / "top"))
     for adapter, output, message in (
         ("lora", "new", "is a LORA adapter; prefix-plus converts PREFIX_TUNING and PREFIX_PLUS adapters"),

@@ -185,6 +185,7 @@ def test_the_defaults_are_those_of_the_design():
         "prefix_scaling": None,
         "gating": False,
         "decoupled": False,
+        "position_free": None,
         "init_weights": True,
         "modules_to_save": None,
     }

@@ -53,7 +53,9 @@ def by_module(reference, model, adapter_name="default"):
 
 
 def decoupled(**fields) -> PrefixPlusConfig:
-    return PrefixPlusConfig(**{"num_virtual_tokens": 5, "decoupled": True, "init_weights": False, **fields})
+    return PrefixPlusConfig(
+        **{"num_virtual_tokens": 5, "decoupled": True, "init_weights": False, "position_free": False, **fields}
+    )
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
@@ -79,7 +81,7 @@ def test_beside_a_joint_prefix_it_is_added_to_that_ones_attention(formula):
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("decoupled_formula")
     model = get_peft_model(model, decoupled(), adapter_name="added").eval()
-    model.add_adapter("joint", PrefixPlusConfig(num_virtual_tokens=3))
+    model.add_adapter("joint", PrefixPlusConfig(num_virtual_tokens=3, position_free=False))
     model.add_adapter("more", decoupled(num_virtual_tokens=2, layers_to_transform=[1]))
     alone = logits(model, batch("left"))
     model.base_model.set_adapter(["added", "joint"])

@@ -104,7 +104,7 @@ def test_probabilities_of_the_prefix_are_the_formula(few_scores: None, form: str
         "bias": (visible, bias.masked_fill(~visible, -math.inf)),
     }[form]
     found = mass_module.prefix_probabilities(
-        query, key, prefix, mask, form == "causal", 0.3, bias if form == "bias" else None, **extra
+        query, key, prefix, query, mask, form == "causal", 0.3, bias if form == "bias" else None, **extra
     )
     torch.testing.assert_close(found, formula(query, key, prefix, added, 0.3, **extra), rtol=0, atol=1e-12)
 
@@ -114,7 +114,7 @@ def of_call(
 ) -> Any:
     config = types.SimpleNamespace(_attn_implementation=implementation)
     module = types.SimpleNamespace(config=config, is_causal=True)
-    return mass_module.probabilities_of_call(module, query, key, mask, prefix, None, kwargs)
+    return mass_module.probabilities_of_call(module, query, key, mask, prefix, query, None, kwargs)
 
 
 @pytest.mark.parametrize("size", [None, 3])
@@ -149,7 +149,7 @@ def test_calls_that_do_not_tell_are_refused() -> None:
     with pytest.raises(ValueError, match="uses the paged cache"):
         of_call("sdpa", query, key, prefix, None, cache=object())
     with pytest.raises(ValueError, match="have 9 columns, expected 3 of the prefix and 9"):
-        mass_module.probabilities_of_call(None, query, key, None, prefix, torch.rand(2, 4, 7, 9), {})
+        mass_module.probabilities_of_call(None, query, key, None, prefix, query, torch.rand(2, 4, 7, 9), {})
 
 
 # ------------------------------------------------------------------------------------------- whole models

@@ -123,6 +123,7 @@ def test_output_is_the_formula(formula, name, reparameterization, sharing):
     reference.set_attn_implementation("formula")
     config = PrefixPlusConfig(
         num_virtual_tokens=5,
+        position_free=False,
         reparameterization=reparameterization,
         sharing=sharing,
         encoder_dim=6,
@@ -174,8 +175,12 @@ def same_prefix(request):
     torch.manual_seed(0)
     base = make().eval()
     length = 6
-    theirs = get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
-    ours = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
+    theirs = get_peft_model(
+        copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    )
+    ours = get_peft_model(
+        base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, position_free=False)
+    )
     prompt = theirs.get_prompt(batch_size=1)
     theta = base.config.rope_parameters["rope_theta"]
     key_values = [(rotated_back(layer.keys[0], rotary_dim, theta, length), layer.values[0]) for layer in prompt.layers]
@@ -236,7 +241,9 @@ def test_a_gated_prefix_adds_its_own_attention(formula):
     model = build("llama, grouped heads")
     reference = copy.deepcopy(model)
     base = logits(model, batch("left"))
-    model = get_peft_model(model, PrefixPlusConfig(gating=True, num_virtual_tokens=5, layers_to_transform=1)).eval()
+    model = get_peft_model(
+        model, PrefixPlusConfig(gating=True, position_free=False, num_virtual_tokens=5, layers_to_transform=1)
+    ).eval()
     assert torch.equal(logits(model, batch("left")), base)
 
     layer = model.get_base_model().model.layers[1].self_attn.prefix_plus

@@ -23,8 +23,9 @@ ADAPTERS = {
     "short": dict(num_virtual_tokens=3, layers_to_transform=[0, 1]),
     "long": dict(num_virtual_tokens=7, reparameterization="mlp", encoder_dim=6),
     "gated": dict(num_virtual_tokens=4, gating=True, layers_to_transform=-1),
+    "fixed": dict(num_virtual_tokens=5, position_free=False),
 }
-ROWS = ["long", "__base__", "short", "gated", "long"]
+ROWS = ["long", "__base__", "short", "gated", "fixed", "long"]
 
 
 def adapted(kind, implementation="sdpa"):
@@ -133,10 +134,10 @@ def test_wrong_names_are_errors_that_leave_no_trace():
     model, batch = adapted("decoder"), inputs("decoder")
     with torch.no_grad():
         expected = model(**batch).logits
-        with pytest.raises(ValueError, match=r"'other'; the adapters are \['gated', 'long', 'short'\]"):
+        with pytest.raises(ValueError, match=r"'other'; the adapters are \['fixed', 'gated', 'long', 'short'\]"):
             model(**batch, adapter_names=["other", *ROWS[1:]])
-        with pytest.raises(ValueError, match="has 3 names, but the batch has 5 rows"):
-            model(**batch, adapter_names=ROWS[:3])
+        with pytest.raises(ValueError, match="has 4 names, but the batch has 6 rows"):
+            model(**batch, adapter_names=ROWS[:4])
         assert torch.equal(model(**batch).logits, expected)
     model.train()
     with pytest.raises(ValueError, match="in training"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import NO_TEXT_LOSS, UNBUILDABLE, UNREAD_MODULES, Case, cases, inputs_of, tiny_model, token_ids
 
 from peft_prefix_plus import PrefixPlusConfig
-from peft_prefix_plus.geometry import attention_modules
+from peft_prefix_plus.geometry import attention_modules, probe
 
 
 SAMPLE = {
@@ -67,11 +69,11 @@ def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_pat
         assert type(model).__name__ in str(error)
         return
     try:
-        prefixed, others = check_all(case, tmp_path)
+        detail = check_all(case, tmp_path)
     except BaseException as error:
         report(case, "failed", f"{type(error).__name__}: {error}")
         raise
-    report(case, "passed", {"prefixed": prefixed, "others": others})
+    report(case, "passed", detail)
 
 
 def config_for(case: Case) -> PrefixPlusConfig:
@@ -95,8 +97,11 @@ def report(case: Case, outcome: str, detail: Any) -> None:
             file.write(line + "\n")
 
 
-def check_all(case: Case, tmp_path: Path) -> tuple[list[str], list[str]]:
-    """Check everything on one model; return the classes of the attention modules with and without a prefix."""
+def check_all(case: Case, tmp_path: Path) -> dict[str, list[str]]:
+    """
+    Check everything on one model; return the classes of the attention modules with and without a prefix, and why the prefix
+    is at fixed positions, if it is.
+    """
     # frozen, as the adapter leaves it: torch takes other kernels for some sums when a parameter needs a gradient
     model = tiny_model(case).requires_grad_(False)
     inputs = inputs_of(case, model)
@@ -110,6 +115,13 @@ def check_all(case: Case, tmp_path: Path) -> tuple[list[str], list[str]]:
     with tuned.disable_adapter():
         assert torch.equal(logits_of(tuned, inputs), expected), "disabled, it is not the base model"
     check_rows_are_independent(tuned, inputs, changed)
+    obstacles: set[str] = set()
+    if tuned.peft_config["default"].position_free:
+        check_queries_are_unrotated(tuned)
+    else:
+        geometries = probe(tuned.get_base_model())
+        obstacles = {geometry.obstacle for geometry in geometries.values() if geometry.obstacle}
+        assert obstacles
     if output is not None:
         check_generation(tuned, output)
     tuned.save_pretrained(tmp_path)
@@ -121,7 +133,8 @@ def check_all(case: Case, tmp_path: Path) -> tuple[list[str], list[str]]:
     loaded = PeftModel.from_pretrained(unloaded, tmp_path, is_trainable=True).eval()
     assert torch.equal(logits_of(loaded, inputs), changed), "loaded, it computes something else"
     check_training_step(case, loaded)
-    return attention_classes(loaded)
+    prefixed, others = attention_classes(loaded)
+    return {"prefixed": prefixed, "others": others, "obstacles": sorted(obstacles)}
 
 
 def attention_classes(tuned: PeftModel) -> tuple[list[str], list[str]]:
@@ -214,3 +227,47 @@ def loss_of(case: Case, tuned: PeftModel, inputs: dict[str, torch.Tensor]) -> to
 def test_the_documentation_lists_every_architecture() -> None:
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
     assert [str(case) for case in cases() if f"`{case.class_name}`" not in text] == []
+
+
+def check_queries_are_unrotated(tuned: Any) -> None:
+    """Where a position-free prefix undoes the rotation of queries: that it does, wherever the text begins."""
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, layer in prefix_layers(tuned).items():
+        if layer.rotation is not None:
+            seen[name] = []
+            layer.queries = partial(spied, layer.queries, seen[name])
+    if not seen:
+        return
+    inputs = {"input_ids": token_ids(2, 6, seed=3)}
+    if tuned.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_ids(2, 5, seed=4)
+    with torch.no_grad():
+        for start in (0, 9):
+            positions = {
+                name.replace("input_ids", "position_ids"): start + torch.arange(ids.shape[1])[None].expand(2, -1)
+                for name, ids in inputs.items()
+            }
+            tuned(**inputs, **positions)
+    for name, calls in seen.items():
+        (here, unrotated), (there, moved) = (
+            (torch.stack(column) for column in zip(*half, strict=True))
+            for half in (calls[: len(calls) // 2], calls[len(calls) // 2 :])
+        )
+        assert not torch.allclose(here, there, atol=1e-4), f"{name} does not rotate its queries"
+        torch.testing.assert_close(
+            moved, unrotated, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for name in seen:
+        del vars(tuned.get_base_model().get_submodule(name).prefix_plus)["queries"]
+
+
+def spied(
+    queries: Callable[[torch.Tensor, str], torch.Tensor],
+    seen: list[tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    reads: str,
+) -> torch.Tensor:
+    """Return the queries that a prefix reads, and note both."""
+    result = queries(query, reads)
+    seen.append((query, result))
+    return result

@@ -48,7 +48,8 @@ EACH_PREFIX = pytest.mark.parametrize(
 
 def config_of(name, **fields):
     if name == "prefix":
-        return prefix_config(**{"prefix_scaling": 1.0, **fields})  # what is measured depends on the other method
+        # what is measured depends on the other method, and fixed positions are those of a cache
+        return prefix_config(**{"prefix_scaling": 1.0, "position_free": False, **fields})
     return LoraConfig(
         **{"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **fields}
     )

@@ -202,7 +202,7 @@ def test_a_prefix_that_a_projection_produces_is_converted(is_saved, tmp_path):
 def test_a_reparameterized_prefix_becomes_an_adapter_that_peft_loads_alone(tmp_path, run_in_new_process):
     base = build(llama)
     fields = dict(reparameterization="mlp", sharing="all", encoder_dim=6, init_weights=False)
-    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **fields)
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **fields, position_free=False)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     base.save_pretrained(tmp_path / "base")
     config, tensors = to_prefix_tuning(model, save_directory=tmp_path / "adapter")
@@ -299,7 +299,9 @@ def test_a_model_in_bfloat16_is_converted(tmp_path):
 def test_an_inactive_adapter_is_converted_and_the_model_left_as_it_was():
     base = build(llama)
     model = get_peft_model(copy.deepcopy(base), PrefixPlusConfig(task_type="CAUSAL_LM", gating=True))
-    model.add_adapter("other", PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False))
+    model.add_adapter(
+        "other", PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False, position_free=False)
+    )
     before = state(model)
     _, tensors = to_prefix_tuning(model, "other")
     assert_same_state(model, before)

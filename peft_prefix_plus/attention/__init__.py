@@ -6,6 +6,7 @@ from .inline import UNSUPPORTED, InlineAttention, InlineHooks, may_compute_atten
 from .mass import Observer, observed_attention
 from .prefix import Prefix, concatenated
 from .reference import AttentionOutput
+from .rotary import PositionEmbeddings, QueryRotation, find_rotation, position_embeddings_of
 
 
 __all__ = [
@@ -15,14 +16,18 @@ __all__ = [
     "InlineAttention",
     "InlineHooks",
     "Observer",
+    "PositionEmbeddings",
     "Prefix",
+    "QueryRotation",
     "attend_as_base",
     "attention_family",
     "concatenated",
     "eager_attention_function",
+    "find_rotation",
     "may_compute_attention",
     "model_config",
     "observed_attention",
+    "position_embeddings_of",
     "prefix_attention",
     "reads_implementation",
     "require_complete",

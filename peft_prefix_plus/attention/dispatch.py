@@ -91,11 +91,14 @@ def why_concatenate(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
+    prefix: Prefix,
     kwargs: dict[str, Any],
 ) -> str | None:
     """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
     if implementation != "sdpa":
         return "another implementation than sdpa"
+    if prefix.reads == "both":
+        return "prefixes for rotated and for unrotated queries"
     for name, value in kwargs.items():
         if name in EXCLUDING_ARGUMENTS and not (value is None or (isinstance(value, (int, float)) and value == 0)):
             return EXCLUDING_ARGUMENTS[name]
@@ -140,20 +143,22 @@ def prefix_attention(
     layer = module._modules["prefix_plus"]
     implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
     prefix, added_prefixes = layer.forward(key, value)
+    prefix_query = query if prefix is None or prefix.reads == "rotated" else layer.queries(query, prefix.reads)
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
         )
     elif implementation == "sdpa" and "cache" not in kwargs:
         output, weights = _merge_or_concatenate(
-            implementation, eager, module, query, key, value, attention_mask, prefix, kwargs
+            implementation, eager, module, query, key, value, attention_mask, prefix, prefix_query, kwargs
         )
     else:
         output, weights = _attend_with_prefix(
-            implementation, eager, module, query, key, value, attention_mask, prefix, kwargs
+            implementation, eager, module, query, key, value, attention_mask, prefix, prefix_query, kwargs
         )
     for added in added_prefixes:
-        output = output + added_attention(query, added, kwargs.get("scaling")).reshape(output.shape)
+        added_query = layer.queries(query, added.reads)
+        output = output + added_attention(added_query, added, kwargs.get("scaling")).reshape(output.shape)
     return output, weights
 
 
@@ -166,6 +171,7 @@ def _attend_with_prefix(
     value: torch.Tensor,
     mask: Any,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> AttentionOutput:
     family = attention_family(implementation)
@@ -181,19 +187,23 @@ def _attend_with_prefix(
                 value[:, :, : mask.shape[-1]],
             )  # the unused rest of a static cache
         flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
-        if flash_mask.allows_concatenation(prefix.key.shape[1]):
+        if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.key.shape[1]):
             attend = partial(attend_as_base, implementation=implementation, eager=eager)
             return concatenated_flash_attention(attend, module, query, key, value, mask, prefix, **kwargs)
-        mask = flash_mask.dense()
+        mask = None if flash_mask.is_implied() and not _is_special(kwargs) else flash_mask.dense()
     elif family == "flex":
         mask = dense_flex_mask(mask, query, key)
     if family in ("flash", "flex"):
         # written out, the mask is one that sdpa reads; soft-capping and sinks are what only eager attention has besides
-        is_special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-        implementation = family = "eager" if is_special else "sdpa"
-        if is_special and mask is not None:
+        implementation = family = "eager" if _is_special(kwargs) else "sdpa"
+        if implementation == "eager" and mask is not None:
             mask = finite_additive(mask, query.dtype)
-    return _merge_or_concatenate(implementation, eager, module, query, key, value, mask, prefix, kwargs)
+    return _merge_or_concatenate(implementation, eager, module, query, key, value, mask, prefix, prefix_query, kwargs)
+
+
+def _is_special(kwargs: dict[str, Any]) -> bool:
+    """Whether a call has soft-capping or sinks, which of the implementations without kernels of their own only eager has."""
+    return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 
 
 def _merge_or_concatenate(
@@ -205,16 +215,19 @@ def _merge_or_concatenate(
     value: torch.Tensor,
     mask: Any,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> AttentionOutput:
     """Attend, the prefix being that of eager attention or sdpa, by whichever way computes it."""
-    if why_concatenate(implementation, query, key, mask, kwargs) is None:
-        output = _fused_sdpa(module, query, key, value, mask, prefix, kwargs)
+    if why_concatenate(implementation, query, key, mask, prefix, kwargs) is None:
+        output = _fused_sdpa(module, query, key, value, mask, prefix, prefix_query, kwargs)
         if output is not None:
             return output, None
     attend = partial(attend_as_base, implementation=implementation, eager=eager)
     none_is_causal = implementation == "sdpa"
-    return concatenated_attention(attend, none_is_causal, module, query, key, value, mask, prefix, **kwargs)
+    return concatenated_attention(
+        attend, none_is_causal, module, query, key, value, mask, prefix, prefix_query, **kwargs
+    )
 
 
 def _fused_sdpa(
@@ -224,6 +237,7 @@ def _fused_sdpa(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """Compute what transformers' sdpa computes on the concatenated keys and values, or return `None` without a kernel."""
@@ -231,7 +245,9 @@ def _fused_sdpa(
     device = "cpu" if query.is_cpu else query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        is_same = prefix_query is query
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        prefix_query = query if is_same else prefix_query.to(dtype)
     is_causal = mask is None and query.shape[2] > 1 and is_causal_call(module, kwargs.get("is_causal"))
     if is_causal and key.shape[2] > query.shape[2]:
         # the first pass over an empty static cache: its unused rest comes after the last query
@@ -246,4 +262,4 @@ def _fused_sdpa(
         prefix = prefix.to(key, value)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return fused_attention(kernel, query, key, value, mask, is_causal, scale, prefix)
+    return fused_attention(kernel, query, key, value, mask, is_causal, scale, prefix, prefix_query)

@@ -42,6 +42,7 @@ def fused_attention(
     is_causal: bool,
     scale: float,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
 ) -> torch.Tensor:
     """
     softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V], by merging the kernel's attention over K, V with that over the prefix.
@@ -55,15 +56,17 @@ def fused_attention(
         is_causal: Whether a query sees the key of its own index and those before it; only without a mask.
         scale: s.
         prefix: The prefix, a joint one, in the dtype of the keys and values.
+        prefix_query: The queries that it reads, shaped as `query`: the same tensor, or the same queries otherwise rotated.
 
     Returns:
         Shape (batch, tokens, query_heads, value_dim), contiguous.
     """
     inputs = (query, key, value, prefix.key, prefix.value)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        output = _FusedAttention.apply(*inputs, _Call(kernel, mask, is_causal, scale, prefix.mask))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, prefix_query)):
+        own_query = None if prefix_query is query else prefix_query
+        output = _FusedAttention.apply(*inputs, own_query, _Call(kernel, mask, is_causal, scale, prefix.mask))
     else:
-        output = _infer(kernel, query, key, value, mask, is_causal, scale, prefix)
+        output = _infer(kernel, query, key, value, mask, is_causal, scale, prefix, prefix_query)
     return output.transpose(1, 2).contiguous()
 
 
@@ -76,6 +79,7 @@ def _infer(
     is_causal: bool,
     scale: float,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
 ) -> torch.Tensor:
     """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
     prefix_key, prefix_value, prefix_mask = prefix.for_rows(query.shape[0])
@@ -87,7 +91,7 @@ def _infer(
         prefix_mask = finite_additive(prefix_mask.expand(-1, -1, query.shape[2], -1), query.dtype)
     # the kernels are no operations that autocast knows of
     output, lse, _ = kernel.forward(query, key, value, mask, is_causal, scale)
-    attended, prefix_lse, _ = kernel.forward(query, prefix_key, prefix_value, prefix_mask, False, scale)
+    attended, prefix_lse, _ = kernel.forward(prefix_query, prefix_key, prefix_value, prefix_mask, False, scale)
     weight = prefix_lse.sub_(lse).sigmoid_().unsqueeze(-1)
     output = output.lerp_(attended, _cast(weight, output.dtype))
     return output[..., :width] if is_narrow else output
@@ -102,20 +106,22 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         prefix_key: torch.Tensor,
         prefix_value: torch.Tensor,
+        own_query: torch.Tensor | None,
         call: _Call,
     ) -> torch.Tensor:
+        prefix_query = query if own_query is None else own_query
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
             output, lse, state = call.kernel.forward(*_real_inputs(query, key, value, call))
             output = _narrowed(output, value)
             # the attention over X takes part in the softmax over P as one more position, with its log-sum-exp for a score
-            scores = torch.cat([_prefix_scores(query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
+            scores = torch.cat([_prefix_scores(prefix_query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
             lse = scores.logsumexp(dim=-1, keepdim=True)
             weights = scores.softmax(dim=-1)
             attended = _unfold(torch.bmm(weights[..., :-1], head_value), query)
             output.mul_(_cast(_unfold(weights[..., -1:], query), output.dtype)).add_(_cast(attended, output.dtype))
         ctx.save_for_backward(
-            query, key, value, prefix_key, prefix_value, call.mask, call.prefix_mask, output, lse, *state
+            query, key, value, prefix_key, prefix_value, own_query, call.mask, call.prefix_mask, output, lse, *state
         )
         ctx.call = call._replace(mask=None, prefix_mask=None)
         return output
@@ -123,10 +129,16 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, prefix_key, prefix_value, mask, prefix_mask, output, lse, *state = ctx.saved_tensors
+        query, key, value, prefix_key, prefix_value, own_query, mask, prefix_mask, output, lse, *state = (
+            ctx.saved_tensors
+        )
+        prefix_query = query if own_query is None else own_query
         call = ctx.call._replace(mask=mask, prefix_mask=prefix_mask)
-        needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value, _ = ctx.needs_input_grad
+        needs_query, needs_key, needs_value, needs_prefix_key, needs_prefix_value, needs_own_query, _ = (
+            ctx.needs_input_grad
+        )
         grad_query: Any = None
+        grad_own_query: Any = None
         grad_key = grad_value = grad_prefix_key = grad_prefix_value = None
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
@@ -139,21 +151,24 @@ class _FusedAttention(torch.autograd.Function):
                     tuple(state),
                 )
                 grad_value = _narrowed(grad_value, value)
-            weights = _prefix_scores(query, head_key, call).sub_(lse).exp_()
+            weights = _prefix_scores(prefix_query, head_key, call).sub_(lse).exp_()
             grad_rows = _cast(_fold(grad_output), weights.dtype)
             if needs_prefix_value:
                 grad_prefix_value = _reduce(weights, grad_rows, prefix_value)
-            if needs_query or needs_prefix_key:
+            if needs_query or needs_own_query or needs_prefix_key:
                 delta = (grad_rows * _cast(_fold(output), weights.dtype)).sum(dim=-1, keepdim=True)
                 grad_scores = (
                     torch.bmm(grad_rows, head_value.transpose(1, 2)).sub_(delta).mul_(weights).mul_(call.scale)
                 )
-                if needs_query:
+                if needs_own_query or (needs_query and own_query is None):
                     added = _unfold(torch.bmm(grad_scores, head_key), query)
-                    grad_query = grad_query + _cast(added, grad_query.dtype)
+                    if own_query is None:
+                        grad_query = grad_query + _cast(added, grad_query.dtype)
+                    else:
+                        grad_own_query = _cast(added, own_query.dtype)
                 if needs_prefix_key:
-                    grad_prefix_key = _reduce(grad_scores, _cast(_fold(query), weights.dtype), prefix_key)
-        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, None
+                    grad_prefix_key = _reduce(grad_scores, _cast(_fold(prefix_query), weights.dtype), prefix_key)
+        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_own_query, None
 
 
 def _per_query_head(prefix: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -333,11 +333,11 @@ class InlineAttention(TorchFunctionMode):
             if attn_mask is not None and attn_mask.is_floating_point() and type(self.module).__name__ in ALIBI:
                 attn_mask = attn_mask - _largest_bias(attn_mask)  # so that the prefix's bias of zero is the largest
             output = concatenated_attention(
-                lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix,
+                lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix, query,
                 **causal_mask,
             )[0]  # fmt: skip
             if self.observe is not None:
-                self.observe(prefix_probabilities(query, key, prefix, attn_mask, is_causal, scale))
+                self.observe(prefix_probabilities(query, key, prefix, query, attn_mask, is_causal, scale))
         if prefix is None and added_prefixes and self.observe is not None:
             self.observe(None)
         for added in added_prefixes:

@@ -55,6 +55,11 @@ class FlashMask:
         is_within_window = self.sliding_window is None or self.kv_tokens + prefix_tokens <= self.sliding_window
         return is_within_window and not is_packed
 
+    def is_implied(self) -> bool:
+        """Whether sdpa, given no mask, lets the queries see the same."""
+        is_aligned = not self.is_causal or self.tokens in (1, self.kv_tokens)
+        return is_aligned and self.padding is None and self.allows_concatenation(0)
+
     def dense(self) -> torch.Tensor:
         """
         Return what is visible, (batch, 1, tokens, kv_tokens), bool.

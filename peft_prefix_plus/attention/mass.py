@@ -34,10 +34,11 @@ def observed_attention(
     **kwargs: Any,
 ) -> AttentionOutput:
     """[`prefix_attention`], telling an observer what falls on the prefix."""
-    output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     prefix, added_prefixes = module.prefix_plus(key, value)
+    prefix_query = query if prefix is None else module.prefix_plus.queries(query, prefix.reads)
+    output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     if prefix is not None:
-        observe(probabilities_of_call(module, query, key, attention_mask, prefix, weights, kwargs))
+        observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
     elif added_prefixes:
         observe(None)
     return output, weights
@@ -49,6 +50,7 @@ def probabilities_of_call(
     key: torch.Tensor,
     mask: Any,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     weights: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
@@ -79,13 +81,16 @@ def probabilities_of_call(
         mask = dense_flex_mask(mask, query, key)
     is_causal = mask is None and query.shape[2] > 1 and is_causal_call(module, kwargs.get("is_causal"))
     bias = kwargs.get("position_bias")
-    return prefix_probabilities(query, key, prefix, mask, is_causal, kwargs.get("scaling"), bias, **special)
+    return prefix_probabilities(
+        query, key, prefix, prefix_query, mask, is_causal, kwargs.get("scaling"), bias, **special
+    )
 
 
 def prefix_probabilities(
     query: torch.Tensor,
     key: torch.Tensor,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     mask: torch.Tensor | None,
     is_causal: bool,
     scaling: float | None,
@@ -102,6 +107,7 @@ def prefix_probabilities(
         query: Shape (batch, query_heads, tokens, key_dim).
         key: Shape (batch, kv_heads, kv_tokens, key_dim).
         prefix: A joint prefix without a mask.
+        prefix_query: The queries that it reads, (batch, query_heads, tokens, key_dim or 2 · key_dim).
         mask: Shape (1 or batch, 1 or query_heads, 1 or tokens, kv_tokens), bool or additive, or `None`; leading
             dimensions may be left out.
         is_causal: Whether a query sees the key of its own index and those before it.
@@ -142,7 +148,7 @@ def prefix_probabilities(
             lse = real_scores.logsumexp(dim=-1, keepdim=True)
             if sinks is not None:
                 lse = torch.logaddexp(lse, sinks.to(lse).view(1, -1, 1, 1))
-            prefix_scores = scores_of(rows, prefix.key[None])
+            prefix_scores = scores_of(prefix_query[:, :, chunk].to(dtype), prefix.key[None])
             lse = torch.logaddexp(lse, prefix_scores.logsumexp(dim=-1, keepdim=True))
             chunks.append((prefix_scores - lse).exp())
     return torch.cat(chunks, dim=2)

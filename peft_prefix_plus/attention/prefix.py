@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 
 PrefixOfRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -25,6 +26,8 @@ class Prefix:
         gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
             tanh(gate) times its attention is added to that of the base model.
         is_decoupled (`bool`): Whether the prefix is added to the base model's attention without a softmax.
+        reads (`str`): Which queries the keys meet: `"rotated"` ones, as they come from the module; `"unrotated"`, where RoPE has
+            been undone; or `"both"`, one after the other, (…, 2 · key_dim), the keys being as wide.
     """
 
     key: torch.Tensor
@@ -32,6 +35,7 @@ class Prefix:
     mask: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     is_decoupled: bool = False
+    reads: str = "rotated"
     _rows: list[tuple[int, PrefixOfRows]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -58,7 +62,15 @@ class Prefix:
             mask=None if self.mask is None else self.mask.to(key.device),
             gate=None if self.gate is None else self.gate.to(value.device, value.dtype),
             is_decoupled=self.is_decoupled,
+            reads=self.reads,
         )
+
+    def for_both_queries(self) -> Prefix:
+        """Return the same prefix with keys that meet rotated and unrotated queries, one after the other."""
+        if self.reads == "both":
+            return self
+        width = self.key.shape[-1]
+        return replace(self, key=pad(self.key, (0, width) if self.reads == "rotated" else (width, 0)), reads="both")
 
 
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
@@ -72,9 +84,13 @@ def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """
     if len(prefixes) == 1:
         return prefixes[0]
+    reads = {prefix.reads for prefix in prefixes}
+    if len(reads) > 1:
+        prefixes = [prefix.for_both_queries() for prefix in prefixes]
     masks = [prefix.mask for prefix in prefixes if prefix.mask is not None]
     return Prefix(
         torch.cat([prefix.key for prefix in prefixes], dim=1),
         torch.cat([prefix.value for prefix in prefixes], dim=1),
         torch.cat(masks, dim=1) if masks else None,
+        reads=prefixes[0].reads,
     )

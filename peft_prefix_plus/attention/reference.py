@@ -25,6 +25,7 @@ def concatenated_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     prefix: Prefix,
+    prefix_query: torch.Tensor,
     **kwargs: Any,
 ) -> AttentionOutput:
     """
@@ -41,6 +42,7 @@ def concatenated_attention(
         value: Shape (batch, kv_heads, kv_tokens, value_dim).
         attention_mask: Shape (1 or batch, 1 or query_heads, tokens, kv_tokens), bool or additive, or `None`.
         prefix: The prefix, a joint one.
+        prefix_query: The queries that it reads, (batch, query_heads, tokens, key_dim or 2 · key_dim).
         kwargs: Passed on. A `position_bias` is zero for the prefix.
 
     Returns:
@@ -59,6 +61,12 @@ def concatenated_attention(
     if kwargs.get("position_bias") is not None:
         bias = kwargs["position_bias"]
         kwargs["position_bias"] = torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], dim=-1)
+    if prefix.reads != "rotated":
+        # one product for both: each key is zero where the other queries stand
+        if kwargs.get("scaling") is None:
+            kwargs["scaling"] = query.shape[-1] ** -0.5
+        query = prefix_query if prefix.reads == "both" else torch.cat([query, prefix_query], dim=-1)
+        key, prefix = nn.functional.pad(key, (0, key.shape[-1])), prefix.for_both_queries()
     key = torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=2)
     return attend(module, query, key, value, attention_mask, **kwargs)
@@ -75,7 +83,8 @@ def concatenated_flash_attention(
     **kwargs: Any,
 ) -> AttentionOutput:
     """
-    As [`concatenated_attention`], for an `attend` that takes a 2-D mask of padding, (batch, kv_tokens).
+    As [`concatenated_attention`], for a prefix that reads rotated queries and an `attend` that takes a 2-D mask of padding,
+    (batch, kv_tokens).
 
     Its queries are the last of the keys, so that more keys before them are seen by all.
     """
@@ -139,7 +148,7 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     the softmax as well.
 
     Args:
-        query: Shape (batch, query_heads, tokens, key_dim).
+        query: The queries that the prefix reads, (batch, query_heads, tokens, key_dim).
         prefix: A prefix that is not joint.
         scaling: s; `None` means key_dim ** -0.5.
 

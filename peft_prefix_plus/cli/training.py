@@ -221,6 +221,7 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig) -> None:
         f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here"
         for name in names
         if getattr(saved, name, None) != getattr(config, name)
+        and (name, getattr(config, name)) != ("position_free", None)  # what that comes to is in the saved one
     ]
     if differing:
         raise CommandError(

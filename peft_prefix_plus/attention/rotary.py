@@ -1,0 +1,220 @@
+"""Rotary position embeddings (RoPE, arXiv 2104.09864) of queries, undone.
+
+A key of a prefix has no place in the text. Put at a fixed one, it meets queries that RoPE has turned by their positions, so that
+what it finds in a query depends on where that stands. Turned back, all queries see it alike, as they see a token at
+their own position.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+
+PositionEmbeddings = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+"""
+What transformers gives attention modules to rotate by: cosines and sines, (batch, tokens, width) each, or both in one complex
+tensor.
+"""
+
+ARGUMENT = "position_embeddings"
+"""The argument of a module's forward in which they come."""
+
+SCALED_AFTERWARDS = {"HunYuanDenseV1Attention", "HunYuanMoEV1Attention"}
+"""Modules whose queries go through a norm with learned weights after their rotation, which does not commute with it."""
+
+ARRANGEMENTS = ("halves", "neighbours", "once")
+
+
+@dataclass(frozen=True)
+class QueryRotation:
+    """
+    How RoPE has turned the queries of an attention module.
+
+    Attributes:
+        is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the rotated dims apart (GPT-NeoX).
+        arrangement (`str`): Where a plane's cosine is: `"halves"`, at the place of either dim, half the width apart;
+            `"neighbours"`, next to each other; `"once"`, a single one per plane.
+        is_clockwise (`bool`): Whether the planes turn the other way.
+        is_last (`bool`): Whether the last dims of a query are those rotated, if not all are (latent attention), or the first.
+    """
+
+    is_interleaved: bool = False
+    arrangement: str = "halves"
+    is_clockwise: bool = False
+    is_last: bool = False
+
+    def undo(self, states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
+        """
+        Turn queries, or keys, back by their positions.
+
+        Args:
+            states (`torch.Tensor`): Shape (batch, heads, tokens, dim), rotated.
+            position_embeddings (`PositionEmbeddings`): What they were rotated by; if there are more of them, the last.
+
+        Returns:
+            `torch.Tensor`: Of the same shape. Where the embeddings have a factor on the scores (YaRN, arXiv 2309.00071), it has
+            that factor squared: as a query at a key's own position would have in their product.
+        """
+        cos, sin = self._factors(position_embeddings, states)
+        width = cos.shape[-1]
+        rest = states.shape[-1] - width
+        if rest:
+            sizes = (rest, width) if self.is_last else (width, rest)
+            parts = list(states.split(sizes, dim=-1))
+            parts[self.is_last] = self._turned(parts[self.is_last], cos, sin)
+            return torch.cat(parts, dim=-1)
+        return self._turned(states, cos, sin)
+
+    def _turned(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if self.is_interleaved:
+            partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partners = states.roll(states.shape[-1] // 2, -1)
+        return torch.addcmul(states * cos, partners, sin)
+
+    def _factors(
+        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims).
+
+        Every layer is given the same embeddings. What is made of them stays with them, for the next layer.
+        """
+        if torch.compiler.is_compiling():
+            return self._make_factors(position_embeddings, states)
+        wanted = (self, states.shape[2], states.dtype, states.device)
+        carrier: Any = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
+        kept = getattr(carrier, "_prefix_plus_factors", None)
+        if kept is None or kept[0] != wanted:
+            kept = carrier._prefix_plus_factors = wanted, self._make_factors(position_embeddings, states)
+        return kept[1]
+
+    def _make_factors(
+        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(position_embeddings, torch.Tensor):
+            position_embeddings = position_embeddings.real, position_embeddings.imag
+        tokens = states.shape[2]
+        cos, sin = (self._of_planes(each[:, -tokens:]).to(states.device, states.dtype) for each in position_embeddings)
+        if self.is_clockwise:
+            sin = -sin
+        if self.is_interleaved:
+            return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+
+    def _of_planes(self, embedding: torch.Tensor) -> torch.Tensor:
+        """One number per plane, (batch, 1, tokens, planes)."""
+        if self.arrangement == "halves":
+            embedding = embedding[..., : embedding.shape[-1] // 2]
+        elif self.arrangement == "neighbours":
+            embedding = embedding[..., ::2]
+        return embedding.unsqueeze(1)
+
+
+def find_rotation(module: nn.Module) -> QueryRotation | None:
+    """
+    Tell from its class how an attention module rotates the queries that it rotates.
+
+    No weight is looked at, so that all processes of a sharded model, of which one only may have weights, find the same.
+
+    Args:
+        module (`nn.Module`): The attention module.
+
+    Returns:
+        `QueryRotation`: `None` if the module knows nothing of RoPE.
+
+    Raises:
+        ValueError: If it applies one that cannot be undone here: the message says why.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    names = [name for name in forward.__code__.co_names if "apply_rot" in name or "apply_multi" in name]
+    if not names:
+        return None
+    if ARGUMENT not in inspect.signature(forward).parameters:
+        raise ValueError("it computes the angles of its rotation itself")
+    if type(module).__name__ in SCALED_AFTERWARDS:
+        raise ValueError("a norm with learned weights comes after it")
+    rotations = set()
+    for name in names:
+        function = forward.__globals__.get(name)
+        rotation = _rotation_of(function) if callable(function) else None
+        if rotation is None:
+            raise ValueError(f"its rotation, {name}, is of a form that is not known")
+        rotations.add(rotation)
+    if len(rotations) > 1:
+        raise ValueError(f"it has several rotations, {', '.join(names)}")
+    rotation = rotations.pop()
+    is_latent = hasattr(module, "qk_rope_head_dim")
+    return QueryRotation(rotation.is_interleaved, rotation.arrangement, rotation.is_clockwise, is_last=is_latent)
+
+
+@cache
+def _rotation_of(function: Callable[..., Any]) -> QueryRotation | None:
+    """Find what a function that rotates queries, and perhaps keys, does to queries, by trying it."""
+    planes, tokens = 4, 3
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    states = torch.linspace(-1.0, 1.0, 2 * planes * tokens, **options).view(1, 1, tokens, -1).sin()
+    angles = torch.arange(1.0, tokens + 1, **options)[:, None] * torch.tensor([1.1, 0.7, 0.4, 0.2], **options)
+    for arrangement, is_interleaved, is_clockwise in product(ARRANGEMENTS, (False, True), (False, True)):
+        rotation = QueryRotation(is_interleaved, arrangement, is_clockwise)
+        found = []
+        for each in (angles[None], torch.zeros_like(angles)[None]):
+            embeddings = _arranged(each.cos(), arrangement), _arranged(each.sin(), arrangement)
+            rotated = _rotated(function, states, *embeddings)
+            if rotated is not None:
+                found.append(rotation.undo(rotated, embeddings))
+        if len(found) == 2 and bool((found[0] - found[1]).abs().max() < 1e-6):  # some rotate in float32
+            return rotation
+    return None
+
+
+def _rotated(
+    function: Callable[..., Any], states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor | None:
+    """What a function makes of queries (batch, heads, tokens, dim) if it is called as modules call it, or `None`."""
+    parameters = list(inspect.signature(function).parameters)
+    try:
+        if "freqs_cis" in parameters:
+            for axis in (1, 2):  # that of the heads
+                turned = states.transpose(1, axis)
+                result = function(turned, turned, torch.complex(cos, sin))[0].transpose(1, axis)
+                if result.shape == states.shape:
+                    return result
+        elif {"cos", "sin", "unsqueeze_dim"}.issubset(parameters):
+            num_states = parameters.index("cos")
+            result = function(*[states] * num_states, cos=cos, sin=sin, unsqueeze_dim=1)
+            return result if num_states == 1 else result[0]
+    except (RuntimeError, TypeError):  # the widths do not fit, or it wants other arguments
+        pass
+    return None
+
+
+def _arranged(of_planes: torch.Tensor, arrangement: str) -> torch.Tensor:
+    if arrangement == "halves":
+        return torch.cat([of_planes, of_planes], dim=-1)
+    return of_planes.repeat_interleave(2, dim=-1) if arrangement == "neighbours" else of_planes
+
+
+def position_embeddings_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> PositionEmbeddings | None:
+    """Return the position embeddings among the arguments of a module's forward."""
+    if ARGUMENT in kwargs:
+        return kwargs[ARGUMENT]
+    module_class: type = type(module)
+    index = _argument_index(module_class)
+    return args[index] if index < len(args) else None
+
+
+@cache
+def _argument_index(module_class: type[nn.Module]) -> int:
+    parameters = list(inspect.signature(inspect.unwrap(module_class.forward)).parameters)
+    return parameters.index(ARGUMENT) - 1  # without `self`
