@@ -6,7 +6,7 @@ the language's reference documentation (prose), and sentences that say what a ta
 parameters and equal steps, each method runs with every learning rate of its own grid, and with the best one for two more
 seeds (for the order of the training data, and for the method's own start). The score is the loss on held-out text.
 
-    python benchmarks/quality.py                    # about 50 minutes on 2 cores; what is done is not done again
+    python benchmarks/quality.py                    # about an hour on 2 cores; what is done is not done again
     python benchmarks/quality.py --tasks table      # a part of it
     python benchmarks/quality.py --scale large --device cuda --workers 1
 
@@ -20,10 +20,7 @@ import json
 import logging
 import os
 import platform
-import pydoc_data.topics
-import random
 import statistics
-import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +35,12 @@ import torch
 import transformers
 from peft import CartridgeConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
+from quality_data import SCALES, TASKS, Batch, Scale, Task, make_base
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_prefix_plus import (
     PrefixPlusConfig,
@@ -52,72 +49,15 @@ from peft_prefix_plus import (
     prune_layers,
     suggest_layers,
 )
-from peft_prefix_plus.cli.records import IGNORED_LABEL, Collator, Record, encode
-from peft_prefix_plus.demo_text import examples
+from peft_prefix_plus.cli.records import IGNORED_LABEL
 from peft_prefix_plus.hub import write_atomically
 
 
-BEGIN, END = "<s>", "</s>"
 TEXT = (
     "The documentation describes the language. For example, the following statement returns a list of the names.\n"
     * 20
 )
 """What the methods that start from a text start from; the methods take as many of its tokens as they have."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The sizes of the base model and of the runs."""
-
-    model: dict[str, int]
-    vocab_size: int
-    pretraining_steps: int
-    pretraining_batch: int
-    pretraining_tokens: int
-    steps: int
-    batch: int
-    tokens: int
-    # by size of the adapter: the tokens of a prefix, the rank of LoRA with the same number of parameters, the tokens of
-    # prompt tuning, and the tokens and hidden size of PREFIX_TUNING with its projection
-    sizes: dict[str, tuple[int, int, int, tuple[int, int]]]
-
-
-SCALES = {
-    "small": Scale(
-        {
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-        },
-        vocab_size=2048,
-        pretraining_steps=900,
-        pretraining_batch=16,
-        pretraining_tokens=128,
-        steps=120,
-        batch=8,
-        tokens=64,
-        sizes={"0.5 %": (20, 4, 80, (20, 16)), "2 %": (80, 16, 320, (80, 67))},
-    ),
-    "large": Scale(
-        {
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-        },
-        vocab_size=8192,
-        pretraining_steps=6000,
-        pretraining_batch=32,
-        pretraining_tokens=512,
-        steps=500,
-        batch=16,
-        tokens=256,
-        sizes={"0.5 %": (32, 4, 256, (20, 30)), "2 %": (128, 16, 1024, (80, 140))},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -189,7 +129,7 @@ def prefix_plus(**fields: Any) -> Callable[..., Any]:
 
 
 def prefix_plus_from_text(base: Any, tokenizer: Any, size: Any) -> Any:
-    model = prefix_plus()(base, tokenizer, size)
+    model = prefix_plus(position_free=False)(base, tokenizer, size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the text is longer than the prefix
         initialize_from_text(model, tokenizer, TEXT)
@@ -206,7 +146,8 @@ DEFAULT = "PREFIX_PLUS (default)"
 METHODS = {
     DEFAULT: Method(prefix_plus(), (2e-3, *RATE, 1e-2)),
     "PREFIX_PLUS, start: activations": Method(prefix_plus(init_weights="activations"), RATE),
-    "PREFIX_PLUS, start: text": Method(prefix_plus_from_text, RATE),
+    "PREFIX_PLUS, fixed positions": Method(prefix_plus(position_free=False), (2e-3, *RATE, 1e-2)),
+    "PREFIX_PLUS, fixed positions, start: text": Method(prefix_plus_from_text, RATE),
     "PREFIX_PLUS, start: zero": Method(prefix_plus(init_weights="zero"), RATE),
     "PREFIX_PLUS, gating": Method(prefix_plus(gating=True), RATE),
     "PREFIX_PLUS, decoupled": Method(prefix_plus(decoupled=True), RATE),
@@ -222,120 +163,6 @@ METHODS = {
     "LoRA": Method(lora, (5e-3, 1e-2, 2e-2, 4e-2)),
     "full fine-tuning": Method(full_fine_tuning, (1e-3, 3e-3), SMALL),
 }
-
-
-# ------------------------------------------------------------------------------------------------------- base model
-
-
-def library_sources() -> list[str]:
-    """Return the sources of the standard library, without tests and tables."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "lib2to3", "encodings"}
-    files = sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
-
-
-def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
-
-
-def make_base(directory: Path, scale: Scale, device: str, progress: Progress) -> None:
-    """Train the base model and its tokenizer and save both."""
-    texts = library_sources()
-    tokenizer = make_tokenizer(texts, scale.vocab_size)
-    stream = token_stream(tokenizer, texts)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **scale.model,
-        vocab_size=scale.vocab_size,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = OneCycleLR(optimizer, max_lr=3e-3, total_steps=scale.pretraining_steps, pct_start=0.05)
-    generator = torch.Generator().manual_seed(0)
-    task = progress.add_task("base model", total=scale.pretraining_steps)
-    for _ in range(scale.pretraining_steps):
-        ids = windows(stream, scale.pretraining_batch, scale.pretraining_tokens, generator).to(device)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.update(task, advance=1, description=f"base model, loss {loss.item():.2f}")
-    tokenizer.save_pretrained(directory)
-    model.save_pretrained(directory)
-
-
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.Tensor:
-    """Return the tokens of all texts, one after the other, each begun by the token for that."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return torch.tensor([token for ids in encoded for token in [tokenizer.bos_token_id, *ids]])
-
-
-def windows(stream: torch.Tensor, batch: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Return pieces of the stream, (batch, tokens), from anywhere in it."""
-    starts = torch.randint(len(stream) - tokens, (batch,), generator=generator).tolist()
-    return torch.stack([stream[start : start + tokens] for start in starts])
-
-
-# ------------------------------------------------------------------------------------------------------------ tasks
-
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to learn: draws training batches, and has held-out ones."""
-
-    draw: Callable[[torch.Generator], Batch]
-    held_out: list[Batch]
-
-
-def prose_task(tokenizer: PreTrainedTokenizerFast, scale: Scale) -> Task:
-    """The reference documentation that comes with Python: English, with examples."""
-    titles = sorted(pydoc_data.topics.topics)
-    random.Random(0).shuffle(titles)
-    texts = [pydoc_data.topics.topics[title] for title in titles]
-    num_training = len(texts) * 9 // 10
-    training, held_out = token_stream(tokenizer, texts[:num_training]), token_stream(tokenizer, texts[num_training:])
-    held_out = held_out[: 64 * scale.tokens].unflatten(0, (-1, scale.tokens))
-
-    def draw(generator: torch.Generator) -> Batch:
-        ids = windows(training, scale.batch, scale.tokens, generator)
-        return {"input_ids": ids, "labels": ids}
-
-    return Task(draw, [{"input_ids": ids, "labels": ids} for ids in held_out.split(32)])
-
-
-def table_task(tokenizer: PreTrainedTokenizerFast, scale: Scale) -> Task:
-    """Tables as text, and the sentence that says the same, whose tokens alone count."""
-    collate = Collator(tokenizer.pad_token_id)
-    records = [encode(Record(**record), tokenizer) for record in examples(1100, random.Random(0))]
-    held_out, training = records[:100], records[100:]
-
-    def draw(generator: torch.Generator) -> Batch:
-        return collate(
-            [training[index] for index in torch.randint(len(training), (scale.batch,), generator=generator)]
-        )
-
-    return Task(draw, [collate(held_out[start : start + 25]) for start in range(0, len(held_out), 25)])
-
-
-TASKS = {"prose": prose_task, "table": table_task}
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -379,7 +206,7 @@ def perform(run: Run, directory: Path, scale_name: str, device: str) -> dict[str
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": time.monotonic() - started,
     }
-    if run.method == DEFAULT:
+    if run.method == DEFAULT and run.rate == RATE[0]:
         batches = [to(task.draw(generator), device) for _ in range(8)]
         layers = suggest_layers(model, batches, budget=0.5, greedy=True).layers
         prune_layers(model, layers)

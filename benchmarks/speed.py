@@ -3,7 +3,7 @@ Time and memory of PREFIX_PLUS against PEFT's PREFIX_TUNING, LoRA (r = 8 on q an
 
 All methods run interleaved in one process, round by round, on the same random weights and inputs; each figure is the median
 over the rounds, with the middle half of them as spread, and as a ratio of medians to PREFIX_TUNING. PREFIX_TUNING and
-PREFIX_PLUS have prefixes of the same length in every layer.
+PREFIX_PLUS have prefixes of the same length in every layer; "fixed" is PREFIX_PLUS with position_free=False.
 
     python benchmarks/speed.py                          # every table, CPU, a 512-wide Llama
     python benchmarks/speed.py --tables train decode    # some tables
@@ -42,6 +42,7 @@ SHAPES = {
 }
 INTERMEDIATE = {"small": 1408, "1b": 8192, "7b": 11008}
 BASELINE = "PREFIX_TUNING"
+FIXED = "PREFIX_PLUS, fixed"
 
 Step = Callable[[], None]
 
@@ -95,7 +96,10 @@ def wrap(settings: Settings, method: str, base: LlamaForCausalLM, layers: list[i
         )
     else:
         config = PrefixPlusConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=settings.prefix, layers_to_transform=layers
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=settings.prefix,
+            layers_to_transform=layers,
+            position_free=method != FIXED,
         )
     return get_peft_model(base, config)
 
@@ -181,7 +185,7 @@ def train_table(settings: Settings, progress: Progress) -> Table:
     for tokens, batch, share in cases:
         ids = settings.ids(batch, tokens)
         layers = None if share == 1.0 else top_layers(settings, share)
-        methods = [BASELINE, "PREFIX_PLUS", "LoRA", *(["bare"] if share == 1.0 else [])]
+        methods = [BASELINE, "PREFIX_PLUS", "LoRA", *([FIXED, "bare"] if share == 1.0 else [])]
         steps = {method: train_step(wrap(settings, method, base, layers), ids) for method in methods}
         name = f"T={tokens}, batch {batch}, {'all' if layers is None else f'top {share:g} of the'} layers"
         timing_rows(table, name, interleave(settings, steps, progress, name))
@@ -215,7 +219,7 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
 def evaluated(settings: Settings) -> dict[str, PreTrainedModel]:
     """A model of every method, for inference."""
     base = settings.base()
-    return {method: wrap(settings, method, base).eval() for method in (BASELINE, "PREFIX_PLUS", "LoRA", "bare")}
+    return {method: wrap(settings, method, base).eval() for method in (BASELINE, "PREFIX_PLUS", FIXED, "LoRA", "bare")}
 
 
 def prefill_table(settings: Settings, progress: Progress) -> Table:
