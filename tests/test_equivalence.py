@@ -175,9 +175,7 @@ def same_prefix(request):
     torch.manual_seed(0)
     base = make().eval()
     length = 6
-    theirs = get_peft_model(
-        copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-    )
+    theirs = get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
     ours = get_peft_model(
         base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, position_free=False)
     )
