@@ -23,6 +23,7 @@ from .attention import (
     attend_as_base,
     eager_attention_function,
     find_rotation,
+    has_known_form,
     may_compute_attention,
     model_config,
     position_embeddings_of,
@@ -328,6 +329,11 @@ class _Rotations:
         """Before a module's forward: have autograd follow its position embeddings."""
         embeddings = position_embeddings_of(module, args, kwargs)
         if embeddings is None:
+            return None
+        if not has_known_form(embeddings):
+            self.obstacles[name] = (
+                f"its position embeddings, a {type(embeddings).__name__}, are of a form that is not known"
+            )
             return None
         torch.set_grad_enabled(True)
         watched: PositionEmbeddings

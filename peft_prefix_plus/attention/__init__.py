@@ -6,7 +6,7 @@ from .inline import UNSUPPORTED, InlineAttention, InlineHooks, may_compute_atten
 from .mass import Observer, observed_attention
 from .prefix import Prefix, concatenated
 from .reference import AttentionOutput
-from .rotary import PositionEmbeddings, QueryRotation, find_rotation, position_embeddings_of
+from .rotary import PositionEmbeddings, QueryRotation, find_rotation, has_known_form, position_embeddings_of
 
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "concatenated",
     "eager_attention_function",
     "find_rotation",
+    "has_known_form",
     "may_compute_attention",
     "model_config",
     "observed_attention",

@@ -214,6 +214,17 @@ def position_embeddings_of(
     return args[index] if index < len(args) else None
 
 
+def has_known_form(position_embeddings: Any) -> bool:
+    """Whether what a module gets as its position embeddings can be read here (DeepSeek V4's are a dict)."""
+    if isinstance(position_embeddings, torch.Tensor):
+        return position_embeddings.is_complex() and position_embeddings.dim() == 3
+    return (
+        isinstance(position_embeddings, (tuple, list))
+        and len(position_embeddings) == 2
+        and all(isinstance(each, torch.Tensor) and each.dim() == 3 for each in position_embeddings)
+    )
+
+
 @cache
 def _argument_index(module_class: type[nn.Module]) -> int:
     parameters = list(inspect.signature(inspect.unwrap(module_class.forward)).parameters)
