@@ -176,6 +176,16 @@ def test_rows_may_see_parts_of_the_prefix(way):
         torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
 
 
+def assert_gradients(attend, leaves, expected):
+    """The gradients of `attend(*leaves)`, in float64, are those of what is expected, and finite differences agree."""
+    weights = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
+    gradients = torch.autograd.grad((attend(*leaves) * weights).sum(), leaves)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
+    assert torch.autograd.gradcheck(attend, leaves, atol=1e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("value_dim", [DIM, DIM - 2])
@@ -191,12 +201,7 @@ def test_gradients_are_the_formulas(way, masked, by_row, value_dim):
         return Attention("sdpa", made).attend(query, key, value, mask, scaling=0.3)[0]
 
     expected = formula(*leaves[:3], [Prefix(*leaves[3:], prefix_mask)], 0.3, visible)
-    weights = torch.randn_like(expected)
-    expected_gradients = torch.autograd.grad((expected * weights).sum(), leaves)
-    gradients = torch.autograd.grad((attend(*leaves) * weights).sum(), leaves)
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
-    assert torch.autograd.gradcheck(attend, leaves, atol=1e-6)
+    assert_gradients(attend, leaves, expected)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)

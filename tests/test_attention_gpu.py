@@ -40,6 +40,18 @@ def only(monkeypatch):
     return choose
 
 
+def assert_agree(output, leaves, expected, high, dtype):
+    """An output on CUDA, and its gradients by the leaves if they want some, are what is expected, which comes from `high`."""
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=3 * TOLERANCE[dtype])
+    if not leaves[0].requires_grad:
+        return
+    weights = torch.randn_like(expected)
+    gradients = torch.autograd.grad((output * weights.to(output)).sum(), leaves)
+    for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
+        error = (gradient.cpu().double() - reference).abs().max()
+        assert error <= 3 * TOLERANCE[dtype] * reference.abs().max().clamp(min=1)
+
+
 @pytest.mark.parametrize("kernel, dtype, masked", CASES)
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("training", [False, True])
@@ -57,14 +69,7 @@ def test_a_cuda_kernel_with_a_prefix_is_the_formula(only, kernel, dtype, masked,
 
     high = [tensor.detach().cpu().double().requires_grad_() for tensor in leaves]
     expected = formula(*high[:3], [Prefix(*high[3:], prefix_mask)], 0.3, visible)
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=3 * TOLERANCE[dtype])
-    if not training:
-        return
-    weights = torch.randn_like(expected)
-    gradients = torch.autograd.grad((output * weights.to(output)).sum(), leaves)
-    for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
-        error = (gradient.cpu().double() - reference).abs().max()
-        assert error <= 3 * TOLERANCE[dtype] * reference.abs().max().clamp(min=1)
+    assert_agree(output, leaves, expected, high, dtype)
 
 
 @pytest.mark.parametrize("kernel, dtype, masked", CASES)
@@ -81,13 +86,7 @@ def test_on_cuda_a_position_free_prefix_is_the_formula(only, kernel, dtype, mask
 
     high = [tensor.detach().cpu().double().requires_grad_() for tensor in leaves]
     expected = free_formula(*high[:4], [Prefix(*high[4:], reads="unrotated")], 0.3, visible)
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=3 * TOLERANCE[dtype])
-    if training:
-        weights = torch.randn_like(expected)
-        gradients = torch.autograd.grad((output * weights.to(output)).sum(), leaves)
-        for gradient, reference in zip(gradients, torch.autograd.grad((expected * weights).sum(), high), strict=True):
-            error = (gradient.cpu().double() - reference).abs().max()
-            assert error <= 3 * TOLERANCE[dtype] * reference.abs().max().clamp(min=1)
+    assert_agree(output, leaves, expected, high, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -34,10 +34,10 @@ def observed_attention(
     **kwargs: Any,
 ) -> AttentionOutput:
     """[`prefix_attention`], telling an observer what falls on the prefix."""
-    prefix, added_prefixes = module.prefix_plus(key, value)
-    prefix_query = query if prefix is None else module.prefix_plus.queries(query, prefix.reads)
     output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
+    prefix, added_prefixes = module.prefix_plus(key, value)
     if prefix is not None:
+        prefix_query = module.prefix_plus.queries(query, prefix.reads)
         observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
     elif added_prefixes:
         observe(None)

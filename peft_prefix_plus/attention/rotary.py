@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -151,9 +151,8 @@ def find_rotation(module: nn.Module) -> QueryRotation | None:
         rotations.add(rotation)
     if len(rotations) > 1:
         raise ValueError(f"it has several rotations, {', '.join(names)}")
-    rotation = rotations.pop()
     is_latent = hasattr(module, "qk_rope_head_dim")
-    return QueryRotation(rotation.is_interleaved, rotation.arrangement, rotation.is_clockwise, is_last=is_latent)
+    return replace(rotations.pop(), is_last=is_latent)
 
 
 @cache
