@@ -73,7 +73,7 @@ class PrefixPlusConfig(PeftConfig):
             untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly
             the base model.
         decoupled (`bool`, defaults to `False`):
-            Add silu(s · Q P_Kᵀ) P_V to the untouched attention of the base model: the prefix takes no attention away from
+            Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
             the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
             exactly the base model. Not with `gating`.
         position_free (`bool`, *optional*):
