@@ -11,6 +11,7 @@ import argparse
 import pydoc_data.topics
 import random
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -304,7 +305,8 @@ def main(options: argparse.Namespace) -> None:
         options.dtype,
         options.device,
     )
-    grid, console = Grid(options, Results(options.output / "runs")), Console()
+    grid = Grid(options, Results(options.output / "runs"))
+    console = Console(width=None if sys.stdout.isatty() else 200)  # the table is wide
     with progress_bar(console) as progress, process_pool(options.workers) as pool:
         training = partial(perform, place=place)
         perform_all(grid.every_rate(), training, grid.results, pool, progress, "learning rates")

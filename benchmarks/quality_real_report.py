@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_report import Section, draw_ranges, versions
+from quality_runs import rank
 from rich.console import Console
 
 from peft_prefix_plus.hub import write_atomically
@@ -61,7 +62,7 @@ class TaskResult:
 
     def ranking(self) -> list[MethodResult]:
         """Return the methods' results, the lowest loss first."""
-        return sorted(self.methods, key=lambda result: result.mean("loss"))
+        return sorted(self.methods, key=lambda result: rank(result.mean("loss")))
 
 
 def section(result: TaskResult, model: str) -> Section:
@@ -71,7 +72,7 @@ def section(result: TaskResult, model: str) -> Section:
     columns += ["s per step", "peak MiB of a step", "loss by rate (seed 0)"]
     base, before = result.base, f"{result.base['unrelated_loss']:.3f}"
     first = [
-        BASE_ROW,
+        "base model",
         "",
         "",
         f"{base['first_loss']:.3f}",
@@ -101,9 +102,6 @@ def section(result: TaskResult, model: str) -> Section:
             ]
         )
     return Section(f"{result.task}, {model}", columns, rows)
-
-
-BASE_ROW = "base model"
 
 
 def plot(path: Path, results: Sequence[TaskResult]) -> None:

@@ -23,7 +23,9 @@ class Section:
     rows: list[list[str]]
 
     def table(self) -> Table:
-        table = Table(*self.columns, title=self.title)
+        table = Table(title=self.title)
+        for index, column in enumerate(self.columns):
+            table.add_column(column, no_wrap=index == 0)
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -61,9 +61,14 @@ class Results:
         return float(self.of(run)["loss"])
 
 
+def rank(loss: float) -> float:
+    """Return what losses are compared by: a loss that is not a number is the highest."""
+    return math.inf if math.isnan(loss) else loss
+
+
 def lowest(losses: Mapping[float, float]) -> float:
-    """Return the learning rate with the lowest loss; a loss that is not a number is the highest."""
-    return min(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
+    """Return the learning rate with the lowest loss."""
+    return min(losses, key=lambda rate: rank(losses[rate]))
 
 
 # ------------------------------------------------------------------------------------------------------- performing

@@ -33,7 +33,7 @@ from quality_methods import (
     prompt_tuning,
 )
 from quality_report import Section, draw_ranges, versions
-from quality_runs import Results, file_name, lowest, perform_all, process_pool, progress_bar
+from quality_runs import Results, file_name, lowest, perform_all, process_pool, progress_bar, rank
 from quality_training import held_out_loss, to, train
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -181,7 +181,7 @@ def rows(results: Results, options: argparse.Namespace, task: str, size: str) ->
             runs = [Run(task, size, method, rate, seed) for seed in range(options.seeds)]
             losses = [results.loss(run) for run in runs]
             found.append(Row(method, rate, losses, results.of(runs[0])["parameters"], grid))
-    return sorted(found, key=lambda row: statistics.mean(row.losses))
+    return sorted(found, key=lambda row: rank(statistics.mean(row.losses)))
 
 
 def report(results: Results, options: argparse.Namespace, base_losses: dict[str, float], console: Console) -> None:
