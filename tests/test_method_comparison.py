@@ -58,12 +58,13 @@ def llama_3_2_3b() -> LlamaForCausalLM:
 def test_an_experiment_trains_as_many_parameters_as_lora_of_rank_32(experiment: Path) -> None:
     config = PeftConfig.from_pretrained(str(experiment))
     assert isinstance(config, PrefixPlusConfig)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=32)
-    counts = [
-        get_peft_model(llama_3_2_3b(), each, low_cpu_mem_usage=True).get_nb_trainable_parameters()[0]
-        for each in (config, lora)
-    ]
-    assert counts == [9_175_040, 9_175_040]
+    model = get_peft_model(llama_3_2_3b(), config, low_cpu_mem_usage=True)
+    keys_and_values = sum(each.numel() for name, each in model.named_parameters() if "prefix_plus_encoder" in name)
+    lora = get_peft_model(llama_3_2_3b(), LoraConfig(task_type="CAUSAL_LM", r=32), low_cpu_mem_usage=True)
+    assert keys_and_values == lora.get_nb_trainable_parameters()[0] == 9_175_040
+    further = model.get_nb_trainable_parameters()[0] - keys_and_values
+    page = (FOLDER.parent.parent / "docs" / "method-comparison.md").read_text(encoding="utf-8")
+    assert f"{keys_and_values:,}" in page and f"counts {further} more" in page
 
 
 # ------------------------------------------------------------------------------------------------ the runner
@@ -197,13 +198,15 @@ def test_an_experiment_goes_through_every_step_of_the_script(experiment: Path, t
     assert written(loaded, ROWS) == finished
 
 
-def test_a_config_read_from_an_experiment_starts_as_one_written_out() -> None:
-    experiment = FOLDER / "experiments" / "prefix_plus" / "llama-3.2-3B-default"
+@pytest.mark.parametrize("config_class", [PeftConfig, PrefixPlusConfig])
+@pytest.mark.parametrize("init_weights", [True, "activations"])
+def test_a_config_read_from_a_file_starts_as_the_one_written(
+    config_class: type[PeftConfig], init_weights: bool | str, tmp_path: Path
+) -> None:
+    written_out = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=160, init_weights=init_weights)
+    written_out.save_pretrained(str(tmp_path))
     starts = []
-    for config in (
-        PeftConfig.from_pretrained(str(experiment)),
-        PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=160),
-    ):
+    for config in (written_out, config_class.from_pretrained(str(tmp_path))):
         base = base_model()
         torch.manual_seed(1)
         model: Any = get_peft_model(base, config)
