@@ -18,8 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## make .venv with everything in it
 
-demo: install ## teach a small model table-to-text by a prefix (no downloads)
-	$(BIN)/prefix-plus demo
+demo: install ## teach a small model, or MODEL=a directory or a name on the Hub, table-to-text by a prefix
+	$(BIN)/prefix-plus demo $(if $(MODEL),--model "$(MODEL)")
 
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
