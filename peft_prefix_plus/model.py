@@ -155,8 +155,8 @@ class PrefixPlusModel(BaseTuner):
                 )
             return
         encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
-        if config.awaits_weights or any(encoder.is_empty() for encoder in encoders.values()):
-            return  # to be filled by a checkpoint
+        if any(encoder.is_empty() for encoder in encoders.values()):
+            return  # to be filled by a checkpoint; a configuration read from a file may as well be trained anew
         if is_quiet:
             start_quietly(encoders, geometries, bool(config.position_free))
         if config.init_weights != "activations":

@@ -53,5 +53,5 @@ def inspect(settings: inspection.InspectionSettings) -> None:
 
 @command(app, {"Options": DemoSettings})
 def demo(settings: DemoSettings) -> None:
-    """Make a small language model and teach it table-to-text by a prefix; nothing is downloaded."""
+    """Make a small language model, or load one, and teach it table-to-text by a prefix."""
     run_demo(settings)
