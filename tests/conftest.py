@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Accelerate imports DeepSpeed wherever it is installed. Left to look for a device, it prints what it finds.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from transformers.utils import logging

@@ -13,6 +13,9 @@ from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig, __version__
+from peft_prefix_plus.layer import GATE_SCALE
+from peft_prefix_plus.quiet import QUIET_SHARE, SPREAD
+from peft_prefix_plus.scaling import DECOUPLED_SCALES, JOINT_SCALES
 
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +54,17 @@ def test_numbers_of_parameters_are_right(page: str) -> None:
     for reparameterization, sharing, count in rows:
         arguments = reparameterization.strip('`"'), sharing.strip('`"') or "projection"
         assert f"{count_on_llama_2_7b(*arguments):,}" == count, arguments
+
+
+def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
+    method = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
+    docstring = " ".join((PrefixPlusConfig.__doc__ or "").split())
+    joint, decoupled = ("{:g} and {:g}".format(*scales) for scales in (JOINT_SCALES, DECOUPLED_SCALES))
+    assert "The scale is {:g} for keys and {:g} for values".format(*JOINT_SCALES) in method
+    assert f"`decoupled=True`, {decoupled}." in method
+    assert f"{joint} ({decoupled} if `decoupled`)" in docstring
+    assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
+    assert f"\\le {QUIET_SHARE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
 
 
 def test_changelog_has_the_version_or_is_unreleased() -> None:

