@@ -66,14 +66,14 @@ class PrefixPlusConfig(PeftConfig):
             In encoder-decoder models, prefix the decoder's cross-attention.
         prefix_scaling (`float`, *optional*):
             Factor on what the encoder puts out. `None` means a factor for keys and one for values, measured in each
-            attention module: 16 and 16 (8 and 8 if `decoupled`) times the power of two next to the standard deviation
+            attention module: 16 and 16 (4 and 4 if `decoupled`) times the power of two next to the standard deviation
             of its own keys, and values. Learning rates that suit LoRA then suit a prefix, the lower the longer the training.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model. A
             gate is 25 times its parameter, so that it opens at the learning rate of keys and values.
         decoupled (`bool`, defaults to `False`):
-            Add silu(s · Q P_Kᵀ) P_V to the untouched attention of the base model: the prefix takes no attention away from
+            Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
             the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
             exactly the base model. Not with `gating`.
         position_free (`bool`, *optional*):

@@ -8,12 +8,13 @@ where the module's queries pass over them:
     p_i = o + n_i        share of the attention = Σ_i exp(s q·p_i) / (Σ_i exp(s q·p_i) + Σ_j exp(s q·k_j))
 
 The noise n_i spreads the scores of each key by about one nat, the same in all dims: keys that lie close together learn
-slowly. The offset o, one vector for each key/value head, lies against the mean queries of its query heads, just as far out as
-the share wants.
+slowly. The offset o, one vector for each key/value head, is such that the share is the same in every query head: a head that
+scores the prefix far below the others would open late.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,14 +24,17 @@ from .encoders import PrefixEncoder
 from .geometry import AttentionGeometry
 
 
-QUIET_SHARE = 5e-4
-"""The share λ of the attention that falls on a prefix at its start: the mean of -log(1 - λ) over the queries of the probe."""
+QUIET_SHARE = math.exp(-8.0)
+"""The share of the attention that the mean query of each head gives the prefix at its start."""
+
+LOUD = 10.0
+"""How many times that share may fall on it on average before the queries count as having no direction in common."""
+
+RIDGE = 0.01
+"""How far mean queries of one group that are nearly alike may miss their shares, relative to their squared norm."""
 
 SPREAD = 1.0
 """The standard deviation of a key's scores over those queries, in nats."""
-
-HULL_STEPS = 100
-"""How many steps are taken to the point of a convex hull that is nearest to zero."""
 
 LEAST_ENERGY = 0.1
 """The least that a dim of the queries counts, relative to their root mean square."""
@@ -73,7 +77,9 @@ def start_quietly(
         sources.setdefault(encoder.key_source(), []).append(name)
     for names in sources.values():
         # where layers share what makes their keys, the one whose queries score them the most says how far they spread
-        spreads = torch.stack([_scores(queries[name], _keys(encoders[name])).std(dim=(1, 2, 3)) for name in names])
+        # about zero, which is the mean that the noise is drawn with: few keys do not show it
+        scores = [_scores(queries[name], _keys(encoders[name])) for name in names]
+        spreads = torch.stack([each.square().mean(dim=(1, 2, 3)).sqrt() for each in scores])
         factors = (SPREAD / spreads.amax(dim=0)).nan_to_num(nan=1.0, posinf=1.0)
         encoders[names[0]].spread_keys(factors)
     for name, encoder in encoders.items():
@@ -83,59 +89,45 @@ def start_quietly(
 
 def quiet_offset(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """
-    Find what to add to keys so that little attention falls on them.
+    Find what to add to keys so that every query head gives them the same small share of its attention.
 
-    The direction is that in which the scores fall for all query heads of a group: against the point of their mean queries'
-    convex hull that is nearest to zero. Along it the first place is taken where -log(1 - λ) is [`QUIET_SHARE`] on average, λ
-    being the share of the attention; or, where the queries have no direction in common, the one where it is least. That is
-    λ itself where it is small, and keeps a few queries from giving themselves up to the prefix for the others' sake.
+    It is the shortest vector that the mean query of each head of the group scores as far below the head's real keys as
+    [`QUIET_SHARE`] says. Where the queries of a head have no direction in common it would be long, and other queries would
+    score it high: there it is as long as costs the real keys the least, the mean of -log(1 - λ) over the queries, λ being the
+    share. The mean of λ itself would give some queries up to the prefix altogether, for the sake of the others.
 
     Args:
-        queries (`torch.Tensor`): s · Q of the query heads of each group, (kv_heads, group, tokens, key_dim), float64.
-        lse (`torch.Tensor`): The log-sum-exp of each query's scores over the real keys, (kv_heads, group, tokens).
-        keys (`torch.Tensor`): The keys, (kv_heads, tokens, key_dim), float64.
+        queries (`torch.Tensor`): s · Q, (kv_heads, query heads of a group, tokens, key_dim), float64.
+        lse (`torch.Tensor`): The log-sum-exp of each query's scores over the real keys, (kv_heads, heads, tokens).
+        keys (`torch.Tensor`): The keys, (kv_heads, prefix_tokens, key_dim), float64.
 
     Returns:
         `torch.Tensor`: Shape (kv_heads, key_dim); zero where the numbers are not finite.
     """
-    mean = nearest_to_zero(queries.mean(dim=2))
-    direction = -mean / mean.square().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
-    if not bool(direction.isfinite().all() and lse.isfinite().all()):
-        return torch.zeros_like(direction)
-    along = (queries @ direction[:, None, :, None])[..., 0]
+    means = queries.mean(dim=2)
+    wanted = lse.mean(dim=2) + math.log(QUIET_SHARE / keys.shape[1])
+    if not bool(means.isfinite().all() and wanted.isfinite().all()):
+        return torch.zeros_like(keys[:, 0])
+    products = means @ means.transpose(1, 2)
+    ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(products.dtype).tiny ** 0.5)
+    products = products + ridge[:, None, None] * torch.eye(products.shape[1], dtype=products.dtype)
+    offset = (torch.linalg.solve(products, wanted)[:, None] @ means)[:, 0]
     drawn = _scores(queries, keys).logsumexp(dim=-1) - lse
-    distances = torch.cat([torch.zeros(1), torch.logspace(-1, 2, 121)]).to(queries.dtype)
-    losses = F.softplus(drawn[..., None] + along[..., None] * distances).mean(dim=(1, 2))  # (kv_heads, distances)
-    is_quiet = losses <= QUIET_SHARE
-    first = is_quiet.int().argmax(dim=-1)
-    chosen = torch.where(is_quiet.any(dim=-1), first, losses.argmin(dim=-1))
-    return direction * distances[chosen][:, None]
-
-
-def nearest_to_zero(points: torch.Tensor) -> torch.Tensor:
-    """
-    Find the point of each convex hull that is nearest to zero, by the method of Frank and Wolfe.
-
-    Args:
-        points (`torch.Tensor`): The points that span the hulls, (hulls, points, dim).
-
-    Returns:
-        `torch.Tensor`: Shape (hulls, dim).
-    """
-    nearest = points.mean(dim=1)
-    for _ in range(HULL_STEPS):
-        products = (points @ nearest[..., None])[..., 0]
-        corner = points[torch.arange(len(points)), products.argmin(dim=1)]
-        to_corner = corner - nearest
-        length = to_corner.square().sum(dim=-1).clamp(min=torch.finfo(points.dtype).tiny)
-        step = (-(nearest * to_corner).sum(dim=-1) / length).clamp(0.0, 1.0)
-        nearest = nearest + step[:, None] * to_corner
-    return nearest
+    along = (queries @ offset[:, None, :, None])[..., 0]
+    lengths = torch.linspace(0.0, 1.0, 21, dtype=offset.dtype)
+    log_odds = drawn[..., None] + along[..., None] * lengths  # of the share, (kv_heads, heads, tokens, lengths)
+    is_loud = log_odds[..., -1].sigmoid().mean(dim=(1, 2)) > LOUD * QUIET_SHARE
+    least = F.softplus(log_odds).mean(dim=(1, 2)).argmin(dim=-1)
+    return offset * torch.where(is_loud, lengths[least], 1.0)[:, None]
 
 
 def _scaled_queries(geometry: AttentionGeometry, is_position_free: bool) -> torch.Tensor:
-    """s · Q as the prefix meets it, (kv_heads, query heads of a group, tokens, key_dim), in float64 on the CPU."""
+    """
+    s · Q as the prefix meets it, (kv_heads, query heads of a group, tokens, key_dim), in float64 on the CPU: of all tokens but
+    the first, which in many language models is a sink, with queries of another order.
+    """
     query = geometry.unrotated_query if is_position_free else geometry.query
+    query = query[:, 1:] if query.shape[1] > 1 else query
     return query.unflatten(0, (geometry.shape.num_heads, -1)).cpu().double() * geometry.scale
 
 
@@ -145,9 +137,10 @@ def _attention_sums(geometry: AttentionGeometry) -> torch.Tensor:
 
 
 def _keys(encoder: PrefixEncoder) -> torch.Tensor:
+    """The keys that an encoder produces, (kv_heads, prefix_tokens, key_dim), in float64 on the CPU."""
     return encoder()[0].cpu().double()
 
 
 def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Scores (kv_heads, group, tokens, keys) of scaled queries for keys (kv_heads, keys, key_dim)."""
-    return queries @ keys.transpose(1, 2)[:, None]
+    """The scores of keys (kv_heads, tokens, key_dim) by the queries of each group, (kv_heads, heads, queries, tokens)."""
+    return queries @ keys.transpose(1, 2).unsqueeze(1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 JOINT_SCALES = 16.0, 16.0
-DECOUPLED_SCALES = 8.0, 8.0
+DECOUPLED_SCALES = 4.0, 4.0
 """Standard deviations of the base model's keys, and values, that a parameter of 1 stands for with `prefix_scaling=None`, by
 whether the prefix has a softmax. Measured: docs/quality.md."""
 
