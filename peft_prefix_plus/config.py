@@ -66,7 +66,7 @@ class PrefixPlusConfig(PeftConfig):
             In encoder-decoder models, prefix the decoder's cross-attention.
         prefix_scaling (`float`, *optional*):
             Factor on what the encoder puts out. `None` means a factor for keys and one for values, measured in each
-            attention module: 16 and 16 (8 and 8 if `decoupled`) times the power of two next to the standard deviation
+            attention module: 16 and 16 (4 and 4 if `decoupled`) times the power of two next to the standard deviation
             of its own keys, and values. Learning rates that suit LoRA then suit a prefix, the lower the longer the training.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched

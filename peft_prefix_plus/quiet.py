@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch.nn import functional as F
 
 from .encoders import PrefixEncoder
 from .geometry import AttentionGeometry
@@ -76,7 +77,9 @@ def start_quietly(
         sources.setdefault(encoder.key_source(), []).append(name)
     for names in sources.values():
         # where layers share what makes their keys, the one whose queries score them the most says how far they spread
-        spreads = torch.stack([_scores(queries[name], _keys(encoders[name])).std(dim=(1, 2, 3)) for name in names])
+        # about zero, which is the mean that the noise is drawn with: few keys do not show it
+        scores = [_scores(queries[name], _keys(encoders[name])) for name in names]
+        spreads = torch.stack([each.square().mean(dim=(1, 2, 3)).sqrt() for each in scores])
         factors = (SPREAD / spreads.amax(dim=0)).nan_to_num(nan=1.0, posinf=1.0)
         encoders[names[0]].spread_keys(factors)
     for name, encoder in encoders.items():
@@ -90,7 +93,8 @@ def quiet_offset(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -
 
     It is the shortest vector that the mean query of each head of the group scores as far below the head's real keys as
     [`QUIET_SHARE`] says. Where the queries of a head have no direction in common it would be long, and other queries would
-    score it high: there it is as long as draws the least attention.
+    score it high: there it is as long as costs the real keys the least, the mean of -log(1 - λ) over the queries, λ being the
+    share. The mean of λ itself would give some queries up to the prefix altogether, for the sake of the others.
 
     Args:
         queries (`torch.Tensor`): s · Q, (kv_heads, query heads of a group, tokens, key_dim), float64.
@@ -105,15 +109,16 @@ def quiet_offset(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -
     if not bool(means.isfinite().all() and wanted.isfinite().all()):
         return torch.zeros_like(keys[:, 0])
     products = means @ means.transpose(1, 2)
-    ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(products.dtype).tiny)
+    ridge = RIDGE * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=torch.finfo(products.dtype).tiny ** 0.5)
     products = products + ridge[:, None, None] * torch.eye(products.shape[1], dtype=products.dtype)
     offset = (torch.linalg.solve(products, wanted)[:, None] @ means)[:, 0]
     drawn = _scores(queries, keys).logsumexp(dim=-1) - lse
     along = (queries @ offset[:, None, :, None])[..., 0]
     lengths = torch.linspace(0.0, 1.0, 21, dtype=offset.dtype)
-    shares = (drawn[..., None] + along[..., None] * lengths).sigmoid().mean(dim=(1, 2))  # (kv_heads, lengths)
-    is_loud = shares[:, -1] > LOUD * QUIET_SHARE
-    return offset * torch.where(is_loud, lengths[shares.argmin(dim=-1)], 1.0)[:, None]
+    log_odds = drawn[..., None] + along[..., None] * lengths  # of the share, (kv_heads, heads, tokens, lengths)
+    is_loud = log_odds[..., -1].sigmoid().mean(dim=(1, 2)) > LOUD * QUIET_SHARE
+    least = F.softplus(log_odds).mean(dim=(1, 2)).argmin(dim=-1)
+    return offset * torch.where(is_loud, lengths[least], 1.0)[:, None]
 
 
 def _scaled_queries(geometry: AttentionGeometry, is_position_free: bool) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +21,13 @@ from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 VOCABULARY = 64
 PAD_TOKEN = 1
 
-JOINT_SCALES, DECOUPLED_SCALES, GATE_SCALE = (16.0, 16.0), (8.0, 8.0), 25.0
+JOINT_SCALES, DECOUPLED_SCALES, GATE_SCALE = (16.0, 16.0), (4.0, 4.0), 25.0
 """What a parameter of 1 stands for: standard deviations of the module's own keys, and values; a gate."""
-QUIET_SHARE, SPREAD = 5e-4, 1.0
-"""The share of the attention that falls on a prefix at its start, and the standard deviation of its keys' scores in nats."""
+QUIET_SHARE, LOUD, SPREAD = math.exp(-8.0), 10.0, 1.0
+"""The share of the attention that the mean query of each head gives a prefix at its start; how many times that all queries may
+give it on average; the standard deviation of its keys' scores in nats."""
+DECOUPLED_CAP = 6.0
+"""What the scores of a decoupled prefix approach."""
 SCALING_SIZE = 3
 """How many numbers hold the factors of one attention module. They require a gradient, which is zero."""
 

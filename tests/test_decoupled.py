@@ -1,4 +1,4 @@
-"""The decoupled form, silu(s · Q P_Kᵀ) P_V beside the base model's attention: against the formula in float64, and the base."""
+"""The decoupled form, silu(cap(s · Q P_Kᵀ)) P_V beside the base model's attention: against the formula in float64, and the base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import test_inline as inline
 import torch
-from models import adapter_parameters, main_output, output_of, prefixed, tiny_model, token_ids
+from models import DECOUPLED_CAP, adapter_parameters, main_output, output_of, prefixed, tiny_model, token_ids
 from peft import PeftModel, get_peft_model
 from test_equivalence import MODELS, Formula, batch, build, logits
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -32,6 +32,7 @@ class DecoupledFormula(Formula):
             )
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             scores = torch.einsum("bhtd,hpd->bhtp", query.double(), prefix_key) * scale
+            scores = DECOUPLED_CAP * torch.tanh(scores / DECOUPLED_CAP)
             weights = scores / (1.0 + torch.exp(-scores))
             output = output + torch.einsum("bhtp,hpd->bthd", weights, prefix_value).to(output.dtype)
         return output, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig, __version__
+from peft_prefix_plus.attention.reference import DECOUPLED_CAP
 from peft_prefix_plus.layer import GATE_SCALE
-from peft_prefix_plus.quiet import QUIET_SHARE, SPREAD
+from peft_prefix_plus.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
 from peft_prefix_plus.scaling import DECOUPLED_SCALES, JOINT_SCALES
 
 
@@ -64,7 +66,9 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert f"`decoupled=True`, {decoupled}." in method
     assert f"{joint} ({decoupled} if `decoupled`)" in docstring
     assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
-    assert f"\\le {QUIET_SHARE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
+    assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
+    assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
+    assert f"{DECOUPLED_CAP:g} \\tanh(x / {DECOUPLED_CAP:g})" in method
 
 
 def test_changelog_has_the_version_or_is_unreleased() -> None:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import GATE_SCALE, output_of, prefix_layers, prefixed, tiny_model, token_ids
+from models import DECOUPLED_CAP, GATE_SCALE, output_of, prefix_layers, prefixed, tiny_model, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_attention import (
     BATCH,
@@ -254,7 +254,8 @@ class FreeFormula:
             gate = self.gates[module].double().tanh()[:, None, None]
             output = scores.softmax(-1) @ value + gate * (own_scores.softmax(-1) @ prefix_value)
         elif self.is_decoupled:
-            output = scores.softmax(-1) @ value + (own_scores * own_scores.sigmoid()) @ prefix_value
+            capped = DECOUPLED_CAP * (own_scores / DECOUPLED_CAP).tanh()
+            output = scores.softmax(-1) @ value + (capped * capped.sigmoid()) @ prefix_value
         else:
             weights = torch.cat([own_scores, scores], dim=-1).softmax(-1)
             output = weights @ torch.cat([prefix_value.expand(len(value), -1, -1, -1), value], dim=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import transformers
 from models import (
     DECODER_SIZES,
+    LOUD,
     PAD_TOKEN,
     QUIET_SHARE,
     SPREAD,
@@ -31,7 +33,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_prefix_plus import PrefixPlusConfig, prefix_key_values
-from peft_prefix_plus.quiet import nearest_to_zero, quiet_offset
+from peft_prefix_plus.quiet import quiet_offset
 
 
 SHARINGS = ("none", "input", "projection", "all")
@@ -46,7 +48,7 @@ def leaning(model: Any) -> Any:
     embeddings = model.get_input_embeddings().weight
     direction = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        embeddings.add_((4.0 * embeddings.std() * direction).to(embeddings.dtype))
+        embeddings.add_((8.0 * embeddings.std() * direction).to(embeddings.dtype))
     return model.eval()
 
 
@@ -57,8 +59,8 @@ def adapted(model: Any, **fields: Any) -> PeftModel:
 
 def recorded(model: Any, is_position_free: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    For each layer of a Llama that reads the probe's tokens: s · Q as the prefix meets it and the log-sum-exp of the scores
-    over all keys, by key/value head, (kv_heads, queries, dim) and (kv_heads, queries), in float64.
+    For each layer of a Llama that reads the probe's tokens, of all but the first: s · Q as the prefix meets it and the
+    log-sum-exp of the scores over all keys, (kv_heads, group, queries, dim) and (kv_heads, group, queries), in float64.
     """
     found, unrotated = [], []
 
@@ -68,7 +70,8 @@ def recorded(model: Any, is_position_free: bool) -> list[tuple[torch.Tensor, tor
         scores = torch.einsum("hqd,hkd->hqk", query, key.repeat_interleave(groups, dim=0))
         if is_position_free:
             query = unrotated.pop().double() * scaling
-        found.append((query.reshape(len(key), -1, query.shape[-1]), scores.logsumexp(-1).reshape(len(key), -1)))
+        queries, lse = (each[:, 1:].unflatten(0, (len(key), groups)) for each in (query, scores.logsumexp(-1)))
+        found.append((queries, lse))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query_of_call[0], *args, scaling=scaling, **kwargs)
 
     query_of_call: list[Any] = []
@@ -98,26 +101,51 @@ def recorded(model: Any, is_position_free: bool) -> list[tuple[torch.Tensor, tor
 
 
 def shares(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The mean share of the attention of scaled queries that falls on keys (kv_heads, tokens, dim), (kv_heads,)."""
-    of_prefix = torch.einsum("hqd,htd->hqt", queries, keys.double()).exp().sum(-1)
-    return (of_prefix / (of_prefix + lse.exp())).mean(-1)
+    """The share of the attention of each query that falls on keys (kv_heads, tokens, dim), (kv_heads, group, queries)."""
+    of_prefix = torch.einsum("hgqd,htd->hgqt", queries, keys.double()).exp().sum(-1)
+    return of_prefix / (of_prefix + lse.exp())
+
+
+def cost(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What keys cost the real ones, the mean over queries of -log(1 - share), (kv_heads,)."""
+    return -(1.0 - shares(queries, lse, keys)).log().mean(dim=(1, 2))
+
+
+def assert_quiet(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -> None:
+    """Assert that hardly any attention falls on keys, and about the same share of it in every head."""
+    assert (shares(queries, lse, keys).mean(dim=(1, 2)) <= LOUD * QUIET_SHARE).all()
+    of_means = torch.einsum("hgd,htd->hgt", queries.mean(dim=2), keys.double()).logsumexp(-1) - lse.mean(dim=2)
+    # the noise of the keys, of a standard deviation of 1 in all, shifts a head by a part of that
+    assert ((of_means - math.log(QUIET_SHARE)).abs() < 3.0).all()
 
 
 # ------------------------------------------------------------------------------------------- where keys start
 
 
-@pytest.mark.parametrize("position_free", [True, False])
 @pytest.mark.parametrize("length", [1, 20, 160])
 @EACH_ENCODER
-def test_hardly_any_attention_falls_on_a_new_prefix(reparameterization, sharing, length, position_free):
+def test_hardly_any_attention_falls_on_a_new_prefix(reparameterization, sharing, length):
     base = leaning(tiny_model())
-    measured = recorded(base, position_free)
-    fields = dict(reparameterization=reparameterization, sharing=sharing, position_free=position_free)
+    measured = recorded(base, True)
+    model = adapted(base, num_virtual_tokens=length, reparameterization=reparameterization, sharing=sharing)
+    for (queries, lse), (key, value) in zip(measured, prefix_key_values(model).values(), strict=True):
+        assert_quiet(queries, lse, key)
+        assert not value.any()
+
+
+@pytest.mark.parametrize("length", [1, 20, 160])
+@EACH_ENCODER
+def test_at_fixed_positions_a_prefix_costs_little_as_far_as_queries_that_turn_allow(
+    reparameterization, sharing, length
+):
+    """Of eight dims that rotate, hardly four keep a direction."""
+    base = leaning(tiny_model())
+    measured = recorded(base, False)
+    fields = dict(reparameterization=reparameterization, sharing=sharing, position_free=False)
     model = adapted(base, num_virtual_tokens=length, **fields)
     for (queries, lse), (key, value) in zip(measured, prefix_key_values(model).values(), strict=True):
-        found = shares(queries, lse, key)
-        assert (found <= QUIET_SHARE * 1.01).all()
-        assert (found > QUIET_SHARE / 20).all()  # and no farther out than that
+        # at least as little as keys of no direction that spread as far
+        assert (cost(queries, lse, key) < cost(queries, lse, key - key.mean(dim=1, keepdim=True))).all()
         assert not value.any()
 
 
@@ -127,14 +155,14 @@ def test_layers_that_are_chosen_start_as_quietly(layers):
     measured = recorded(base, True)
     model = adapted(base, layers_to_transform=layers, reparameterization="linear", sharing="all")
     for layer, (key, _) in zip(layers, prefix_key_values(model).values(), strict=True):
-        assert (shares(*measured[layer], key) <= QUIET_SHARE * 1.01).all()
+        assert_quiet(*measured[layer], key)
 
 
 def test_over_a_base_in_bfloat16_a_prefix_starts_as_quietly():
     base = leaning(tiny_model(dtype=torch.bfloat16))
     measured = recorded(base, True)
     for (queries, lse), (key, _) in zip(measured, prefix_key_values(adapted(base)).values(), strict=True):
-        assert (shares(queries, lse, key) <= QUIET_SHARE * 1.1).all()
+        assert_quiet(queries, lse, key)
 
 
 @pytest.mark.parametrize("position_free", [True, False])
@@ -147,7 +175,7 @@ def test_keys_are_spread(reparameterization, sharing, position_free):
     spreads = []
     for (queries, _), (key, _) in zip(measured, prefix_key_values(model).values(), strict=True):
         noise = (key - key.mean(dim=1, keepdim=True)).double()  # what the offset leaves
-        spreads.append(torch.einsum("hqd,htd->hqt", queries, noise).std(dim=(1, 2)))
+        spreads.append(torch.einsum("hgqd,htd->hgqt", queries, noise).std(dim=(1, 2, 3)))
         for head in key:
             distances = torch.pdist(head)
             assert distances.min() > 0.05 * distances.median()  # no two are alike
@@ -168,13 +196,12 @@ def test_forms_that_start_as_the_base_model_have_spread_keys(reparameterization,
     model = adapted(base, num_virtual_tokens=160, **fields)
     assert torch.equal(output_of(model, input_ids=token_ids()), expected)
     key, value = next(iter(prefix_key_values(model).values()))
-    scores = torch.einsum("hqd,htd->hqt", queries, key.double())
-    # the noise is as it was drawn
-    assert 0.5 * SPREAD < scores.square().mean().sqrt() < 2.0 * SPREAD
+    scores = torch.einsum("hgqd,htd->hgqt", queries, key.double())
+    assert 0.5 * SPREAD < scores.square().mean().sqrt() < 2.0 * SPREAD  # the noise is as it was drawn
     assert value.any() == ("gating" in fields)
 
 
-# ------------------------------------------------------------------------------------------- the direction
+# ------------------------------------------------------------------------------------------- the offset
 
 
 def random_queries(mean: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,67 +213,46 @@ def random_queries(mean: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return queries, torch.full((2, 1, 16), 3.0, dtype=torch.float64), keys
 
 
-def shares_of_groups(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return shares(queries.flatten(1, 2), lse.flatten(1), keys)
-
-
-def test_an_offset_is_as_far_against_the_mean_query_as_the_share_wants():
+def test_an_offset_lies_against_the_mean_query():
     queries, lse, keys = random_queries(mean=2.0)
-    offset = quiet_offset(queries, lse, keys)
-    mean = queries.mean(dim=(1, 2))
+    offset, mean = quiet_offset(queries, lse, keys), queries.mean(dim=(1, 2))
     torch.testing.assert_close(F.cosine_similarity(offset, -mean, dim=-1), torch.ones(2, dtype=torch.float64))
-    assert (shares_of_groups(queries, lse, keys + offset[:, None]) <= QUIET_SHARE).all()
-    assert (shares_of_groups(queries, lse, keys + 0.9 * offset[:, None]) > QUIET_SHARE).all()
+    wanted = torch.full((2,), 3.0 + math.log(QUIET_SHARE / 20), dtype=torch.float64)
+    torch.testing.assert_close((offset * mean).sum(-1), wanted, rtol=0.02, atol=0.0)
 
 
-def test_a_group_of_heads_that_look_different_ways_has_a_direction_that_suits_all():
+def test_heads_of_a_group_that_look_different_ways_all_give_the_same_share():
     """The mean over all queries of the group lies against the head whose queries are the smaller."""
     queries, lse, keys = random_queries(mean=0.0)
-    angle = torch.tensor(2.0)  # radians
-    first, second = torch.zeros(2, 8)
-    first[0], second[0], second[1] = 12.0, 3.0 * angle.cos(), 3.0 * angle.sin()
+    first, second = torch.zeros(2, 8, dtype=torch.float64)
+    first[0], second[0], second[1] = 12.0, -1.2, 2.7
     queries = 0.2 * torch.cat([queries, queries], dim=1) + torch.stack([first, second])[:, None]
-    lse = lse.expand(2, 2, 16)
-    assert (queries.mean(dim=(1, 2)) @ second.double() < 0).all()
+    assert (queries.mean(dim=(1, 2)) @ second < 0).all()
+    lse = torch.stack([lse[:, 0], lse[:, 0] + 1.0], dim=1)
+    keys = 0.1 * keys
     offset = quiet_offset(queries, lse, keys)
-    assert (shares_of_groups(queries, lse, keys + offset[:, None]) <= QUIET_SHARE).all()
+    found = torch.einsum("hgd,hd->hg", queries.mean(dim=2), offset)
+    wanted = torch.tensor([[3.0, 4.0]] * 2, dtype=torch.float64) + math.log(QUIET_SHARE / 20)
+    assert ((found - wanted).abs() < 1.0).all()  # for the ridge
+    assert (shares(queries, lse, keys + offset[:, None]).mean(dim=(1, 2)) <= LOUD * QUIET_SHARE).all()
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        ([[3.0, 4.0]], [3.0, 4.0]),
-        ([[1.0, 1.0], [1.0, -1.0]], [1.0, 0.0]),
-        ([[1.0, 0.0], [5.0, 0.1], [5.0, -3.0]], [1.0, 0.0]),  # a corner
-        ([[1.0, 1.0], [-2.0, 0.0], [1.0, -1.0]], [0.0, 0.0]),  # zero lies within
-    ],
-)
-def test_the_point_of_a_hull_that_is_nearest_to_zero(points, expected):
-    found = nearest_to_zero(torch.tensor([points, points]))
-    torch.testing.assert_close(found, torch.tensor([expected] * 2), rtol=0, atol=0.05)
+def test_queries_without_a_direction_leave_the_keys_where_they_cost_least():
+    queries, lse, keys = random_queries(mean=0.2)
+    offset, mean = quiet_offset(queries, lse, keys), queries.mean(dim=(1, 2))
+    whole = (3.0 + math.log(QUIET_SHARE / 20)) / 1.01 * mean / mean.square().sum(-1, keepdim=True)  # 1.01 is the ridge
+    found = cost(queries, lse, keys + offset[:, None])
+    assert (shares(queries, lse, keys + whole[:, None]).mean(dim=(1, 2)) > LOUD * QUIET_SHARE).all()
+    along = [cost(queries, lse, keys + float(length) * whole[:, None]) for length in torch.linspace(0, 1, 201)]
+    torch.testing.assert_close(found, torch.stack(along).amin(dim=0), rtol=0.1, atol=0.0)
 
 
-def test_queries_without_a_direction_leave_the_keys_where_least_is_lost():
-    queries, lse, keys = random_queries(mean=0.05)
-    offset = quiet_offset(queries, lse, keys)
-
-    def lost(keys: torch.Tensor) -> torch.Tensor:
-        """The mean over queries of -log(1 - λ)."""
-        of_prefix = torch.einsum("hgqd,htd->hgqt", queries, keys).exp().sum(-1)
-        return (1 + of_prefix / lse.exp()).log().mean(dim=(1, 2))
-
-    mean = queries.mean(dim=(1, 2))
-    direction = -mean / mean.square().sum(dim=-1, keepdim=True)
-    along = [lost(keys + float(distance) * direction[:, None]) for distance in torch.linspace(0, 4, 401)]
-    assert (lost(keys + offset[:, None]) > QUIET_SHARE).all()
-    torch.testing.assert_close(lost(keys + offset[:, None]), torch.stack(along).amin(dim=0), rtol=0.02, atol=0.0)
-
-
-def test_queries_whose_mean_is_zero_leave_the_keys_where_they_are():
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_queries_whose_mean_is_zero_leave_the_keys_where_they_are(size):
     queries, lse, keys = random_queries(mean=0.0)
-    queries, lse = torch.cat([queries, -queries], dim=2), lse.repeat(1, 1, 2)
-    found = shares_of_groups(queries, lse, keys + quiet_offset(queries, lse, keys)[:, None])
-    torch.testing.assert_close(found, shares_of_groups(queries, lse, keys))
+    queries, lse = size * torch.cat([queries, -queries], dim=2), lse.repeat(1, 1, 2)
+    found = shares(queries, lse, keys + quiet_offset(queries, lse, keys)[:, None])
+    torch.testing.assert_close(found, shares(queries, lse, keys))
 
 
 def test_queries_that_are_not_finite_leave_the_keys_where_they_are():
@@ -317,14 +323,14 @@ def text(rows: int, seed: int) -> torch.Tensor:
     return ids
 
 
-@pytest.fixture(scope="module")
-def trained() -> Any:
-    """A tiny Llama that has learned a language a little."""
-    model = leaning(tiny_model())
+@functools.cache
+def trained(leans: bool) -> Any:
+    """A tiny Llama that has learned a language a little; its embeddings had a direction in common, or had none."""
+    model = leaning(tiny_model()) if leans else tiny_model()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
-        for step in range(120):
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2 if leans else 5e-3)
+        for step in range(120 if leans else 80):
             optimizer.zero_grad()
             ids = text(8, seed=step + 1)
             loss_of(model, input_ids=ids, labels=ids).backward()
@@ -333,15 +339,16 @@ def trained() -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("length", [1, 20, 160])
+@pytest.mark.parametrize(("leans", "length"), [(True, 1), (True, 20), (True, 160), (False, 1), (False, 20)])
 @EACH_ENCODER
-def test_a_trained_model_is_not_harmed(trained, reparameterization, sharing, length):
+def test_a_trained_model_is_not_harmed(reparameterization, sharing, leans, length):
     ids = text(8, seed=0)
+    base = trained(leans)
     with torch.no_grad():
-        loss = loss_of(trained, input_ids=ids, labels=ids).item()
-        assert loss < 3.2  # it has learned: of 59 tokens at random the loss is 4.1
+        loss = loss_of(base, input_ids=ids, labels=ids).item()
+        assert loss < 3.4  # it has learned: of 59 tokens at random the loss is 4.1
         fields = dict(num_virtual_tokens=length, reparameterization=reparameterization, sharing=sharing)
-        model = adapted(copy.deepcopy(trained), **fields)
+        model = adapted(copy.deepcopy(base), **fields)
         assert loss_of(model, input_ids=ids, labels=ids).item() < 1.02 * loss
 
 
