@@ -163,10 +163,7 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = grouped @ prefix.key.unsqueeze(1).transpose(-1, -2) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if prefix.gate is None:
-        weights = silu((scores / DECOUPLED_CAP).tanh() * DECOUPLED_CAP)
-    else:
-        weights = scores.softmax(dim=-1)
+    weights = _capped_silu(scores) if prefix.gate is None else scores.softmax(dim=-1)
     attended = (weights.to(query.dtype) @ prefix.value.unsqueeze(1)).flatten(1, 2)
     if prefix.gate is not None:
         attended = attended * prefix.gate.tanh()[None, :, None, None]
@@ -174,3 +171,7 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
         # such an adapter is the whole of a row's prefix or no part of it
         attended = attended * prefix.mask.any(dim=-1)[:, None, None, None]
     return attended.transpose(1, 2)
+
+
+def _capped_silu(scores: torch.Tensor) -> torch.Tensor:
+    return silu((scores / DECOUPLED_CAP).tanh() * DECOUPLED_CAP)
