@@ -111,7 +111,7 @@ def test_modules_that_compute_attention_themselves_follow_the_formula(name, impl
     with torch.no_grad():
         attention = reference.get_submodule(attention_name)
         query, *terms, scale, bias = inline.TERMS[name](attention, hidden.double(), reference)
-        scores = scale * query @ prefix_key.transpose(-1, -2)
+        scores = DECOUPLED_CAP * torch.tanh(scale * query @ prefix_key.transpose(-1, -2) / DECOUPLED_CAP)
         added = (scores / (1.0 + torch.exp(-scores)) @ prefix_value).transpose(1, 2).flatten(-2)
         base = inline.formula(query, scale, prefix_key[:, :0], prefix_value[:, :0], *terms, bias)
     torch.testing.assert_close(output.double(), base + added, rtol=1e-6, atol=1e-5)  # Falcon's are of size 30
