@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     real.add_argument("--rates", nargs="+", type=float, help="learning rates of all methods; each has its own")
     real.add_argument("--steps", type=int, help="of a training; 120")
     real.add_argument("--tokens", type=int, help="of the prefix, which the other methods' sizes follow; 20")
+    real.add_argument("--done", action="store_true", help="report what has a result, and train nothing")
     real.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the base model; bfloat16")
     small = parser.add_argument_group("on the small model")
     small.add_argument("--scale", choices=quality_data.SCALES, help="small")

@@ -12,7 +12,7 @@ import pydoc_data.topics
 import random
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -229,32 +229,38 @@ class Grid:
         options = self.options
         return Run(options.model, task, options.tokens, options.steps, method, rate, seed)
 
-    def rates(self, method: str) -> tuple[float, ...]:
-        return tuple(self.options.rates or METHODS[method].rates)
+    def wanted(self, runs: Iterable[Run]) -> list[Run]:
+        """Return the runs to perform and report: all of them, or with --done those that have a result."""
+        return [run for run in runs if not self.options.done or self.results.get(run) is not None]
+
+    def at_each_rate(self, task: str, method: str) -> list[Run]:
+        """Return the runs of seed 0."""
+        rates = self.options.rates or METHODS[method].rates
+        return self.wanted(self.run(task, method, rate, 0) for rate in rates)
 
     def losses(self, task: str, method: str) -> dict[float, float]:
         """Return the loss for seed 0 at each learning rate."""
-        return {rate: self.results.loss(self.run(task, method, rate, 0)) for rate in self.rates(method)}
+        return {run.rate: self.results.loss(run) for run in self.at_each_rate(task, method)}
+
+    def methods(self, task: str) -> list[str]:
+        return [method for method in self.options.methods if self.at_each_rate(task, method)]
 
     def every_rate(self) -> list[Run]:
         options = self.options
         of_methods = [
-            self.run(task, method, rate, 0)
-            for task in options.tasks
-            for method in options.methods
-            for rate in self.rates(method)
+            run for task in options.tasks for method in self.methods(task) for run in self.at_each_rate(task, method)
         ]
         return [*map(self.base, options.tasks), *of_methods]
 
     def best_rate(self, task: str, method: str) -> list[Run]:
         """Return the runs at the learning rate with the lowest loss, one for each seed."""
         rate = lowest(self.losses(task, method))
-        return [self.run(task, method, rate, seed) for seed in range(self.options.seeds)]
+        return self.wanted(self.run(task, method, rate, seed) for seed in range(self.options.seeds))
 
     def result(self, task: str) -> TaskResult:
         """Return what has been measured on a task."""
         methods = []
-        for method in self.options.methods:
+        for method in self.methods(task):
             runs = self.best_rate(task, method)
             of_seeds = [self.results.of(run) for run in runs]
             methods.append(MethodResult(method, runs[0].rate, of_seeds, self.losses(task, method)))
@@ -310,6 +316,6 @@ def main(options: argparse.Namespace) -> None:
     with progress_bar(console) as progress, process_pool(options.workers) as pool:
         training = partial(perform, place=place)
         perform_all(grid.every_rate(), training, grid.results, pool, progress, "learning rates")
-        best = [run for task in options.tasks for method in options.methods for run in grid.best_rate(task, method)]
+        best = [run for task in options.tasks for method in grid.methods(task) for run in grid.best_rate(task, method)]
         perform_all(best, training, grid.results, pool, progress, "more seeds")
     report(options.output, options.model, [grid.result(task) for task in options.tasks], console)
