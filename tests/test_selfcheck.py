@@ -178,12 +178,13 @@ def test_the_trial_can_be_switched_off(install, monkeypatch):
 
 
 def test_a_trial_is_cheap(install):
+    """By the processor's time, which other programs do not change."""
     seconds = []
     for _ in range(7):
         selfcheck._verdicts.clear()
-        start = time.perf_counter()
+        start = time.process_time()
         assert selfcheck.is_proven(kernels.CpuFlashKernel, CPU, torch.float32, 64)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
 
 
