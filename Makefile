@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST_VENV ?= .venv-oldest
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models lint format docs bench bench-quality bench-real real-model clean
+.PHONY: help install demo test test-models test-oldest test-soak lint format docs bench bench-quality bench-real real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,6 +26,20 @@ test: install ## run the test suite
 
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
+
+test-soak: install ## run the long tests on drawn examples (at most 40 minutes)
+	$(BIN)/pytest -m soak
+
+$(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest pytest-timeout pytest-xdist
+	@touch $@
+
+# The core: attention, adapters, caches, training and failures. What the rest tests does not change with the versions.
+OLDEST_TESTS := adapters attention caches config equivalence failures prefix_tuning registration selfcheck training
+
+test-oldest: $(OLDEST_VENV)/.installed ## run the core tests with the oldest versions that are supported, in an environment of their own
+	$(OLDEST_VENV)/bin/pytest -n auto $(OLDEST_TESTS:%=tests/test_%.py)
 
 lint: install ## check style and types
 	$(BIN)/ruff check .
@@ -52,4 +67,4 @@ bench-real: install ## measure how well each method learns on a real model (hour
 	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 
 clean: ## remove what the other commands make
-	rm -rf $(VENV) docs/_build demo-output quality-output
+	rm -rf $(VENV) $(OLDEST_VENV) docs/_build demo-output quality-output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import pytest
@@ -46,6 +48,33 @@ def test_a_model_compiles_into_one_graph(name, gating):
         assert expected.abs().max() > 0
         # the backward's sums over the heads and rows are in another order
         torch.testing.assert_close(gradients[1][key], expected, rtol=1e-5, atol=1e-6)
+
+
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(1800)  # which takes half a minute here, and many times that on a machine with other work
+def test_inductor_trains_and_predicts_what_the_plain_model_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that it compiles, and leaves nothing behind
+    torch.compiler.reset()
+    model = prefixed(tiny_model(num_hidden_layers=1), task_type="CAUSAL_LM")
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for each in (model, compiled):
+        model.zero_grad()
+        loss = loss_of(each, input_ids=token_ids(), labels=token_ids())
+        loss.backward()
+        results.append({key: parameter.grad.clone() for key, parameter in adapter_parameters(model).items()})
+        results[-1]["loss"] = loss.detach()
+
+    for key, expected in results[0].items():
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        output_of(compiled, input_ids=token_ids()), output_of(model, input_ids=token_ids()), rtol=1e-4, atol=1e-4
+    )
+    assert list(tmp_path.rglob("*.so"))
 
 
 def t5_encoder():

@@ -13,7 +13,6 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .config_view import model_config, set_config
 from .fused import fused_attention
-from .kernels import find_kernel
 from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
 from .reference import (
@@ -25,6 +24,7 @@ from .reference import (
     finite_additive,
     is_causal_call,
 )
+from .selfcheck import find_kernel
 
 
 def attention_family(name: str | None) -> str:

@@ -1,4 +1,9 @@
-"""The stock attention kernels that also return their log-sum-exp, and when each can be used."""
+"""
+The stock attention kernels that also return their log-sum-exp, and when each can be used.
+
+They are private operators of PyTorch: none of the public ones serves (docs/method.md says which were looked at). So each is
+tried before it is used, see selfcheck.py.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,16 @@ class AttentionKernel(Protocol):
     Queries are (batch, query_heads, tokens, dim), keys and values (batch, kv_heads, kv_tokens, dim), the values as wide as the
     keys. The mask is additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens), or `None`. `is_causal` says
     whether a query sees the key of its own index and those before it; only without a mask. `scale` is the factor on the scores.
+
+    Kernels have no state: one of a class is like any other.
     """
 
+    def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether PyTorch has the kernel, forward and backward, for these heads on this device. Asked once for each kind."""
+        ...
+
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
-        """Whether the kernel takes inputs like these, on its device."""
+        """Whether the kernel takes inputs like these, where it is offered. Asked at every call."""
         ...
 
     def forward(
@@ -62,6 +73,9 @@ class CpuFlashKernel:
     """PyTorch's flash attention for the CPU. It takes grouped-query heads and masks as they are."""
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+    def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        return True
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return query.dtype in self.dtypes
@@ -100,21 +114,21 @@ class CpuFlashKernel:
 
 
 class CudaFlashKernel:
-    """PyTorch's flash attention for CUDA: half precision, no mask. It takes grouped-query heads as they are."""
+    """PyTorch's flash attention for CUDA and ROCm: half precision, no mask. It takes grouped-query heads as they are."""
 
     dtypes = (torch.bfloat16, torch.float16)
-    max_head_dim = 256
+
+    def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, True)
+        return torch.backends.cuda.can_use_flash_attention(params)
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            torch.version.cuda is not None
-            and torch.backends.cuda.flash_sdp_enabled()
+            torch.backends.cuda.flash_sdp_enabled()
             and query.dtype in self.dtypes
             and mask is None
             and query.shape[-1] % 8 == 0
-            and query.shape[-1] <= self.max_head_dim
             and (not is_causal or query.shape[2] == key.shape[2])
-            and torch.cuda.get_device_capability(query.device) >= (8, 0)
         )
 
     def forward(
@@ -150,18 +164,36 @@ class CudaFlashKernel:
         )
 
 
+class XpuFlashKernel(CudaFlashKernel):
+    """PyTorch's flash attention for Intel's GPUs: the same operators, compiled for some widths of heads."""
+
+    head_dims = (64, 96, 128, 192)
+
+    def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        names = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        return query.shape[-1] in self.head_dims and all(has_kernel(f"aten::{name}", "XPU") for name in names)
+
+
 class CudaEfficientKernel:
-    """PyTorch's memory-efficient attention for CUDA: also float32, and with a mask. Grouped-query heads are repeated."""
+    """
+    PyTorch's memory-efficient attention for CUDA and ROCm: also float32, and with a mask.
+
+    It wants as many key as query heads, so grouped-query heads are repeated. For a single query, as in decoding, where keys
+    and values are nearly all there is, the queries of a group take the places of its tokens instead.
+    """
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    lse_alignment = 32
+    lse_alignment = 1 if torch.version.hip else 32
+
+    def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        query, key, value, _ = self._per_head(query, key, value, None)
+        params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+        return torch.backends.cuda.can_use_efficient_attention(params)
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
         return (
-            torch.version.cuda is not None
-            and torch.backends.cuda.mem_efficient_sdp_enabled()
-            and query.dtype in self.dtypes
-            and query.shape[-1] % 8 == 0
+            torch.backends.cuda.mem_efficient_sdp_enabled() and query.dtype in self.dtypes and query.shape[-1] % 8 == 0
         )
 
     def forward(
@@ -173,11 +205,11 @@ class CudaEfficientKernel:
         is_causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, KernelState]:
-        key, value, bias = self._repeated(query, key, value, mask)
+        rows, key, value, bias = self._per_head(query, key, value, mask)
         output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, 0.0, is_causal, scale=scale
+            rows, key, value, bias, True, 0.0, is_causal, scale=scale
         )
-        return output, lse[..., : query.shape[2]], (seed, offset)
+        return output.reshape(query.shape), lse[..., : rows.shape[2]].reshape(query.shape[:3]), (seed, offset)
 
     def backward(
         self,
@@ -193,16 +225,17 @@ class CudaEfficientKernel:
         state: KernelState,
     ) -> Gradients:
         kv_heads = key.shape[1]
-        key, value, bias = self._repeated(query, key, value, mask)
+        rows, key, value, bias = self._per_head(query, key, value, mask)
+        lse = lse.reshape(rows.shape[:3])
         lse = F.pad(lse, (0, -lse.shape[-1] % self.lse_alignment), value=float("inf")).contiguous()
         wanted = [True, True, True, False]
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_output,
-            query,
+            grad_output.reshape(rows.shape),
+            rows,
             key,
             value,
             bias,
-            output,
+            output.reshape(rows.shape),
             lse,
             *state,
             0.0,
@@ -210,40 +243,34 @@ class CudaEfficientKernel:
             is_causal,
             scale=scale,
         )
-        return grad_query, *(grad.unflatten(1, (kv_heads, -1)).sum(dim=2) for grad in (grad_key, grad_value))
+        grad_key, grad_value = (grad.unflatten(1, (kv_heads, -1)).sum(dim=2) for grad in (grad_key, grad_value))
+        return grad_query.reshape(query.shape), grad_key, grad_value
 
     @staticmethod
-    def _repeated(
+    def _per_head(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Repeat keys and values for all query heads, and the mask for all rows and heads, aligned to 16 bytes."""
-        groups = query.shape[1] // key.shape[1]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Bring the inputs to one number of heads, that of the queries, or for a single query that of the keys:
+        (batch, kv_heads, groups, dim). The mask is repeated for all rows and heads, aligned to 16 bytes.
+        """
+        batch, heads, tokens, dim = query.shape
+        kv_heads = key.shape[1]
+        groups = heads // kv_heads
         if mask is not None:
-            tokens = mask.shape[-1]
-            mask = F.pad(mask, (0, -tokens % 16))[..., :tokens]
-            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
-        return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), mask
+            kv_tokens = mask.shape[-1]
+            mask = F.pad(mask, (0, -kv_tokens % 16))[..., :kv_tokens].expand(batch, heads, tokens, kv_tokens)
+        if groups == 1:
+            return query, key, value, mask
+        if tokens == 1:
+            rows = query.reshape(batch, kv_heads, groups, dim)
+            return rows, key, value, None if mask is None else mask.unflatten(1, (kv_heads, groups)).squeeze(3)
+        return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), mask
 
 
 KERNELS: dict[str, tuple[AttentionKernel, ...]] = {
     "cpu": (CpuFlashKernel(),),
     "cuda": (CudaFlashKernel(), CudaEfficientKernel()),
+    "xpu": (XpuFlashKernel(),),
 }
-"""By device, in order of preference."""
-
-
-def find_kernel(
-    device: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-) -> AttentionKernel | None:
-    """Return the first kernel that takes these inputs on a type of device, or `None`."""
-    if value.shape[-1] > key.shape[-1] or not query.dtype == key.dtype == value.dtype:
-        return None
-    for kernel in KERNELS.get(device, ()):
-        if kernel.supports(query, key, mask, is_causal):
-            return kernel
-    return None
+"""By device, in order of preference. ROCm's devices are called cuda."""
