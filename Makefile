@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models lint format docs bench bench-quality clean
+.PHONY: help install demo test test-soak test-models lint format docs bench bench-quality clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,6 +21,9 @@ demo: install ## teach a small model table-to-text by a prefix (no downloads)
 
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
+
+test-soak: install ## run the long versions of tests: threads, interrupts
+	$(BIN)/pytest -n auto -m soak
 
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from .config_view import model_config
-from .dispatch import attention_family, prefix_attention
+from .dispatch import attend_with_prefixes, attention_family
 from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
 from .reference import AttentionOutput, is_causal_call
+from .rotary import POSITIONS
 
 
 Observer = Callable[[torch.Tensor | None], None]
@@ -33,11 +34,12 @@ def observed_attention(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """[`prefix_attention`], telling an observer what falls on the prefix."""
-    output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
+    """[`attend_with_prefixes`], telling an observer what falls on the prefix."""
+    output, weights = attend_with_prefixes(module, query, key, value, attention_mask, **kwargs)
+    positions = kwargs.pop(POSITIONS, None)
     prefix, added_prefixes = module.prefix_plus(key, value)
     if prefix is not None:
-        prefix_query = module.prefix_plus.queries(query, prefix.reads)
+        prefix_query = module.prefix_plus.queries(query, prefix.reads, positions)
         observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
     elif added_prefixes:
         observe(None)

@@ -27,6 +27,9 @@ tensor.
 ARGUMENT = "position_embeddings"
 """The argument of a module's forward in which they come."""
 
+POSITIONS = "prefix_plus_position_embeddings"
+"""The argument in which they go on to the attention function, with all that a module's forward has no name for."""
+
 SCALED_AFTERWARDS = {"HunYuanDenseV1Attention", "HunYuanMoEV1Attention"}
 """Modules whose queries go through a norm with learned weights after their rotation, which does not commute with it."""
 
@@ -74,49 +77,44 @@ class QueryRotation:
         return self._turned(states, cos, sin)
 
     def _turned(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Turn the planes of states (…, rotated dims) by minus the angles of which these are the cosines and sines."""
+        # each dim's partner in its plane, as the rotation by a right angle has it
         if self.is_interleaved:
-            partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            first, second = states[..., ::2], states[..., 1::2]
+            partners = torch.stack((-second, first), dim=-1).flatten(-2)
         else:
-            partners = states.roll(states.shape[-1] // 2, -1)
-        return torch.addcmul(states * cos, partners, sin)
+            first, second = states.chunk(2, dim=-1)
+            partners = torch.cat((-second, first), dim=-1)
+        return torch.addcmul(states * cos, partners, sin, value=1 if self.is_clockwise else -1)
 
     def _factors(
         self, position_embeddings: PositionEmbeddings, states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims).
-
-        Every layer is given the same embeddings. What is made of them stays with them, for the next layer.
-        """
-        if torch.compiler.is_compiling():
-            return self._make_factors(position_embeddings, states)
-        wanted = (self, states.shape[2], states.dtype, states.device)
-        carrier: Any = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
-        kept = getattr(carrier, "_prefix_plus_factors", None)
-        if kept is None or kept[0] != wanted:
-            kept = carrier._prefix_plus_factors = wanted, self._make_factors(position_embeddings, states)
-        return kept[1]
-
-    def _make_factors(
-        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosine and the sine of each rotated dim, (batch, 1, tokens, rotated dims)."""
         if isinstance(position_embeddings, torch.Tensor):
             position_embeddings = position_embeddings.real, position_embeddings.imag
+        cos, sin = position_embeddings
         tokens = states.shape[2]
-        cos, sin = (self._of_planes(each[:, -tokens:]).to(states.device, states.dtype) for each in position_embeddings)
-        if self.is_clockwise:
-            sin = -sin
-        if self.is_interleaved:
-            return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        if cos.shape[1] != tokens:
+            cos, sin = cos[:, -tokens:], sin[:, -tokens:]
+        cos, sin = self._of_dims(cos).unsqueeze(1), self._of_dims(sin).unsqueeze(1)
+        if cos.dtype != states.dtype or cos.device != states.device:
+            cos, sin = cos.to(states), sin.to(states)
+        return cos, sin
 
-    def _of_planes(self, embedding: torch.Tensor) -> torch.Tensor:
-        """One number per plane, (batch, 1, tokens, planes)."""
+    def _of_dims(self, embedding: torch.Tensor) -> torch.Tensor:
+        """One number per rotated dim, at its place, (batch, tokens, rotated dims)."""
+        if self.arrangement == ("neighbours" if self.is_interleaved else "halves"):
+            return embedding
         if self.arrangement == "halves":
             embedding = embedding[..., : embedding.shape[-1] // 2]
         elif self.arrangement == "neighbours":
             embedding = embedding[..., ::2]
-        return embedding.unsqueeze(1)
+        return (
+            embedding.repeat_interleave(2, dim=-1)
+            if self.is_interleaved
+            else torch.cat((embedding, embedding), dim=-1)
+        )
 
 
 def find_rotation(module: nn.Module) -> QueryRotation | None:
@@ -138,8 +136,11 @@ def find_rotation(module: nn.Module) -> QueryRotation | None:
     names = [name for name in forward.__code__.co_names if "apply_rot" in name or "apply_multi" in name]
     if not names:
         return None
-    if ARGUMENT not in inspect.signature(forward).parameters:
+    parameters = inspect.signature(forward).parameters
+    if ARGUMENT not in parameters:
         raise ValueError("it computes the angles of its rotation itself")
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise ValueError("its forward hands no further arguments on to its attention function")
     if type(module).__name__ in SCALED_AFTERWARDS:
         raise ValueError("a norm with learned weights comes after it")
     rotations = set()
