@@ -181,8 +181,26 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
                 f"{type(self.attention).__name__} was called without its `position_embeddings`, which its position-free "
                 "prefix needs. Call it as its model does."
             )
-        unrotated = self.rotation.undo(query, positions)
+        unrotated = self.rotation.undo_by(query, *self._rotation_factors(query, positions))
         return torch.cat([query, unrotated], dim=-1) if reads == "both" else unrotated
+
+    def _rotation_factors(
+        self, query: torch.Tensor, positions: PositionEmbeddings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What undoes the rotation of queries: while `generate` runs, made once for all layers that get the same positions."""
+        assert self.rotation is not None
+        memo = None if torch.compiler.is_compiling() else RUNNING.memo
+        if memo is None:
+            return self.rotation.factors(query, positions)
+        carrier = positions if isinstance(positions, torch.Tensor) else positions[0]
+        version = 0 if carrier.is_inference() else carrier._version
+        context = (id(carrier), version, query.shape[2], query.dtype, query.device)
+        rotation = id(self.rotation)  # one for all layers, and quicker to look up than by its fields
+        kept = memo.recall(rotation, context)
+        if kept is None:
+            kept = self.rotation.factors(query, positions), carrier  # which keeps its id from being given to another
+            memo.keep(rotation, context, (), kept)
+        return kept[0]
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
         """Return what produces an adapter's prefix here."""
@@ -224,16 +242,15 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         """
         if self._disable_adapters:
             return None, ()
-        names = self._adapters_in_use()
-        memo = None
-        if not (self.training or torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            memo = RUNNING.memo
-        if memo is None:
-            return self._produce(names, key, value)
+        memo = RUNNING.memo
+        if memo is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._produce(self._adapters_in_use(), key, value)
         # the number of rows counts only where the rows have adapters of their own, but it seldom changes
-        context = (names, key.shape[0], key.dtype, value.dtype, key.is_cpu, key.get_device())
+        in_use = self._rows() or self._active_adapter
+        context = (in_use, key.shape[0], key.dtype, value.dtype, key.is_cpu, key.get_device())
         produced = memo.recall(self, context)
         if produced is None:
+            names = self._adapters_in_use()
             produced = self._produce(names, key, value)
             memo.keep(self, context, self._sources(names), produced)
         return produced

@@ -44,9 +44,9 @@ class Memo:
         if kept is None or kept[0] != context:
             return None
         for holder, name, source, version, address in kept[1]:
-            if source is not holder.get(name):
-                return None
             if version is not None and (source._version != version or source.data_ptr() != address):
+                return None
+            if holder.get(name) is not source:
                 return None
         return kept[2]
 

@@ -1,13 +1,7 @@
 """Attention with a prefix. Nothing in here knows of PEFT."""
 
 from .config_view import ConfigView, model_config, reads_implementation, set_config
-from .dispatch import (
-    attend_as_base,
-    attend_with_prefixes,
-    attention_family,
-    eager_attention_function,
-    prefix_attention,
-)
+from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
 from .inline import (
     UNSUPPORTED,
     InlineAttention,
@@ -44,7 +38,6 @@ __all__ = [
     "QueryRotation",
     "attend_as_base",
     "attend_inline",
-    "attend_with_prefixes",
     "attention_family",
     "concatenated",
     "eager_attention_function",

@@ -130,23 +130,9 @@ def prefix_attention(
     **kwargs: Any,
 ) -> AttentionOutput:
     """
-    The attention function registered with transformers: [`attend_with_prefixes`], unless this thread watches the module.
-    """
-    watchers = THREAD.interface
-    attend = attend_with_prefixes if watchers is None else watchers.get(module, attend_with_prefixes)
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    The attention function registered with transformers: attention with the prefixes of the module's active adapters.
 
-
-def attend_with_prefixes(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> AttentionOutput:
-    """
-    Attention with the prefixes of the module's active adapters.
+    Where this thread watches the module, the watcher's function runs instead (see [`watching`]).
 
     Without an active prefix it hands on to the implementation that the model's own config names, and that is all it
     does. With one, the fused way is taken wherever it computes the same (see [`why_concatenate`]), and the concatenating
@@ -166,6 +152,9 @@ def attend_with_prefixes(
     """
     # In decoding this runs for every token and layer. `module.prefix_plus` is a search in Python that ends in `_modules`, and
     # `layer(key, value)` looks for hooks first: both take as long as one of the operations below.
+    watchers = THREAD.interface
+    if watchers is not None and module in watchers:
+        return watchers[module](module, query, key, value, attention_mask, **kwargs)
     layer = module._modules["prefix_plus"]
     positions = kwargs.pop(POSITIONS, None)
     implementation, eager = model_config(module)._attn_implementation, layer.eager_attention

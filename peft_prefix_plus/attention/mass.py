@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from .config_view import model_config
-from .dispatch import attend_with_prefixes, attention_family
+from .dispatch import attention_family, prefix_attention
 from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
 from .reference import AttentionOutput, is_causal_call
 from .rotary import POSITIONS
+from .watching import unwatched
 
 
 Observer = Callable[[torch.Tensor | None], None]
@@ -34,8 +35,9 @@ def observed_attention(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """[`attend_with_prefixes`], telling an observer what falls on the prefix."""
-    output, weights = attend_with_prefixes(module, query, key, value, attention_mask, **kwargs)
+    """[`prefix_attention`], telling an observer what falls on the prefix."""
+    with unwatched():
+        output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     positions = kwargs.pop(POSITIONS, None)
     prefix, added_prefixes = module.prefix_plus(key, value)
     if prefix is not None:

@@ -66,7 +66,10 @@ class QueryRotation:
             `torch.Tensor`: Of the same shape. Where the embeddings have a factor on the scores (YaRN, arXiv 2309.00071), it has
             that factor squared: as a query at a key's own position would have in their product.
         """
-        cos, sin = self._factors(position_embeddings, states)
+        return self.undo_by(states, *self.factors(states, position_embeddings))
+
+    def undo_by(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As [`QueryRotation.undo`], by what [`QueryRotation.factors`] has made of the embeddings."""
         width = cos.shape[-1]
         rest = states.shape[-1] - width
         if rest:
@@ -77,44 +80,35 @@ class QueryRotation:
         return self._turned(states, cos, sin)
 
     def _turned(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn the planes of states (…, rotated dims) by minus the angles of which these are the cosines and sines."""
-        # each dim's partner in its plane, as the rotation by a right angle has it
         if self.is_interleaved:
-            first, second = states[..., ::2], states[..., 1::2]
-            partners = torch.stack((-second, first), dim=-1).flatten(-2)
+            partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            first, second = states.chunk(2, dim=-1)
-            partners = torch.cat((-second, first), dim=-1)
-        return torch.addcmul(states * cos, partners, sin, value=1 if self.is_clockwise else -1)
+            partners = states.roll(states.shape[-1] // 2, -1)
+        return torch.addcmul(states * cos, partners, sin)
 
-    def _factors(
-        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
+    def factors(
+        self, states: torch.Tensor, position_embeddings: PositionEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosine and the sine of each rotated dim, (batch, 1, tokens, rotated dims)."""
+        """
+        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims) each.
+        """
         if isinstance(position_embeddings, torch.Tensor):
             position_embeddings = position_embeddings.real, position_embeddings.imag
-        cos, sin = position_embeddings
         tokens = states.shape[2]
-        if cos.shape[1] != tokens:
-            cos, sin = cos[:, -tokens:], sin[:, -tokens:]
-        cos, sin = self._of_dims(cos).unsqueeze(1), self._of_dims(sin).unsqueeze(1)
-        if cos.dtype != states.dtype or cos.device != states.device:
-            cos, sin = cos.to(states), sin.to(states)
-        return cos, sin
+        cos, sin = (self._of_planes(each[:, -tokens:]).to(states.device, states.dtype) for each in position_embeddings)
+        if self.is_clockwise:
+            sin = -sin
+        if self.is_interleaved:
+            return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
-    def _of_dims(self, embedding: torch.Tensor) -> torch.Tensor:
-        """One number per rotated dim, at its place, (batch, tokens, rotated dims)."""
-        if self.arrangement == ("neighbours" if self.is_interleaved else "halves"):
-            return embedding
+    def _of_planes(self, embedding: torch.Tensor) -> torch.Tensor:
+        """One number per plane, (batch, 1, tokens, planes)."""
         if self.arrangement == "halves":
             embedding = embedding[..., : embedding.shape[-1] // 2]
         elif self.arrangement == "neighbours":
             embedding = embedding[..., ::2]
-        return (
-            embedding.repeat_interleave(2, dim=-1)
-            if self.is_interleaved
-            else torch.cat((embedding, embedding), dim=-1)
-        )
+        return embedding.unsqueeze(1)
 
 
 def find_rotation(module: nn.Module) -> QueryRotation | None:
@@ -153,7 +147,10 @@ def find_rotation(module: nn.Module) -> QueryRotation | None:
     if len(rotations) > 1:
         raise ValueError(f"it has several rotations, {', '.join(names)}")
     is_latent = hasattr(module, "qk_rope_head_dim")
-    return replace(rotations.pop(), is_last=is_latent)
+    return _placed(rotations.pop(), is_last=is_latent)
+
+
+_placed = cache(replace)  # modules that rotate alike have the same object
 
 
 @cache
