@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -371,3 +372,20 @@ def test_a_replica_of_data_parallel_runs_its_own_modules():
         positions = torch.arange(TOKENS)[None]
         assert replica(hidden, position_ids=positions)[0].abs().max() == 0
         assert attention(hidden, position_ids=positions)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_follows_its_own_modules(copied):
+    model = get_peft_model(build("gptj"), prefix_config()).eval()
+    expected = output_of(model, token_ids())
+    other = copied(model)
+    assert torch.equal(output_of(other, token_ids()), expected)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(output_of(model, token_ids()), expected)
+    assert [type(module) for module in other.unload().modules()] == [
+        type(module) for module in build("gptj").modules()
+    ]
