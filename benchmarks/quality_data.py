@@ -1,4 +1,4 @@
-"""The data of benchmarks/quality.py: what its base model is trained on and how, and the tasks that it is adapted to."""
+"""The data of the small benchmark of quality: what its base model is trained on and how, and the tasks that it is adapted to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quality_methods import Sizes
+from quality_training import Batch
 from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import OneCycleLR
@@ -34,9 +36,7 @@ class Scale:
     steps: int
     batch: int
     tokens: int
-    # by size of the adapter: the tokens of a prefix, the rank of LoRA with the same number of parameters, the tokens of
-    # prompt tuning, and the tokens and hidden size of PREFIX_TUNING with its projection
-    sizes: dict[str, tuple[int, int, int, tuple[int, int]]]
+    sizes: dict[str, Sizes]  # by their share of the base model's parameters
 
 
 SCALES = {
@@ -55,7 +55,7 @@ SCALES = {
         steps=120,
         batch=8,
         tokens=64,
-        sizes={"0.5 %": (20, 4, 80, (20, 16)), "2 %": (80, 16, 320, (80, 67))},
+        sizes={"0.5 %": Sizes(20, 4, 80, 62, 50, (20, 16)), "2 %": Sizes(80, 16, 320, 62, 50, (80, 67))},
     ),
     "large": Scale(
         {
@@ -72,7 +72,7 @@ SCALES = {
         steps=500,
         batch=16,
         tokens=256,
-        sizes={"0.5 %": (32, 4, 256, (20, 30)), "2 %": (128, 16, 1024, (80, 140))},
+        sizes={"0.5 %": Sizes(32, 4, 256, 62, 50, (20, 30)), "2 %": Sizes(128, 16, 1024, 62, 50, (80, 140))},
     ),
 }
 
@@ -146,8 +146,6 @@ def windows(stream: torch.Tensor, batch: int, tokens: int, generator: torch.Gene
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

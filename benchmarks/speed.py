@@ -140,10 +140,10 @@ def train_step(model: PreTrainedModel, ids: torch.Tensor) -> Step:
     return step
 
 
-def peak_bytes(settings: Settings, step: Step) -> int:
+def peak_bytes(device: str, step: Step) -> int:
     """The most memory that a step has allocated at any one time, beyond what there was before."""
     step()
-    if settings.device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -206,7 +206,7 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
             model = wrap(settings, method, base)
             if checkpointing:
                 model.activation_checkpointing_enable()
-            peak = peak_bytes(settings, train_step(model, ids))
+            peak = peak_bytes(settings.device, train_step(model, ids))
             reference = peak if method == BASELINE else reference
             ratio = f"{peak / reference:.2f}" if reference else "–"
             label = f"{method}, checkpointing" if checkpointing else method

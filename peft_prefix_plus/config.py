@@ -66,14 +66,14 @@ class PrefixPlusConfig(PeftConfig):
             In encoder-decoder models, prefix the decoder's cross-attention.
         prefix_scaling (`float`, *optional*):
             Factor on what the encoder puts out. `None` means a factor for keys and one for values, measured in each
-            attention module: 64 and 512 (32 and 32 if `decoupled`) times the power of two next to the standard deviation
-            of its own keys, and values. Learning rates of 2e-3 to 5e-3 then suit, the less the longer the training.
+            attention module: 16 and 16 (8 and 8 if `decoupled`) times the power of two next to the standard deviation
+            of its own keys, and values. Learning rates that suit LoRA then suit a prefix, the lower the longer the training.
         gating (`bool`, defaults to `False`):
-            Add the prefix's own attention, scaled by tanh of a learned per-head gate that starts at zero, to the
-            untouched attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly
-            the base model.
+            Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
+            attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model. A
+            gate is 25 times its parameter, so that it opens at the learning rate of keys and values.
         decoupled (`bool`, defaults to `False`):
-            Add silu(s · Q P_Kᵀ) P_V to the untouched attention of the base model: the prefix takes no attention away from
+            Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
             the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
             exactly the base model. Not with `gating`.
         position_free (`bool`, *optional*):
@@ -83,9 +83,9 @@ class PrefixPlusConfig(PeftConfig):
             attention modules have no such rotation or one that can be undone; what it came to is in the configuration after
             the adapter is added, and saved. Measured, `True` learns far better.
         init_weights (`bool` or `str`, defaults to `True`):
-            `True`: the default start, a random prefix with the standard deviation of the attention module's own keys and
-            values; with a gate, a closed one; if `decoupled`, values of zero. `False` or `"random"`: the random prefix,
-            with an open gate, decoupled or not. `"activations"`: the base model's own keys and values of tokens from all
+            `True`: a quiet start, beside the base model: random keys that the attention module's own queries pass over, and
+            values of zero; with a gate, a closed one over random values. `False` or `"random"`: random keys and values
+            with the standard deviation of the module's own, in every form, and an open gate. `"activations"`: the base model's own keys and values of tokens from all
             over its vocabulary (if `decoupled`, keys alone). `"zero"`: keys and values of zero. All are the same whatever
             `prefix_scaling` is.
         modules_to_save (`list[str]`, *optional*):
@@ -146,10 +146,14 @@ class PrefixPlusConfig(PeftConfig):
         metadata={"help": "Factor on what the encoder puts out; None measures it in each attention module."},
     )
     gating: bool = field(
-        default=False, metadata={"help": "Zero-initialised per-head gate on the prefix: a no-op at the start."}
+        default=False,
+        metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."},
     )
     decoupled: bool = field(
-        default=False, metadata={"help": "Add the prefix outside the softmax: it takes no attention away."}
+        default=False,
+        metadata={
+            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model."
+        },
     )
     position_free: bool | None = field(
         default=None,
@@ -160,8 +164,8 @@ class PrefixPlusConfig(PeftConfig):
     init_weights: bool | str = field(
         default=True,
         metadata={
-            "help": "True: the default start. False or 'random': random, with an open gate. 'activations': the base "
-            "model's own keys and values. 'zero': zeros."
+            "help": "True: a quiet start beside the base model. False or 'random': random keys and values, with an open "
+            "gate. 'activations': the base model's own keys and values. 'zero': zeros."
         },
     )
     modules_to_save: list[str] | None = field(

@@ -123,7 +123,7 @@ class _Measure:
         wanted = _active(layer, adapter_name)
         self._lengths = [layer.prefix_key_value(each)[0].shape[1] for each in joined]
         self._is_wanted = [each in wanted for each in joined]
-        gates = [layer.prefix_plus_gate[each].tanh().abs().cpu() for each in wanted if each in layer.prefix_plus_gate]
+        gates = [gate.tanh().abs().cpu() for each in wanted if (gate := layer.prefix_plus_gate(each)) is not None]
         self._of_gated: Any = sum(gates)
         self._sum: Any = 0.0
         self._count: Any = 0

@@ -56,15 +56,34 @@ SHARED_PARTS = {
 
 
 class Scaling(nn.Module):
-    """The factors on the keys and on the values of one attention module's prefix, (2,), which are not trained."""
+    """
+    The factors on the keys and on the values of one attention module's prefix.
+
+    They are never trained, and yet a parameter that requires a gradient, which is always zero: many tools save only what
+    is trainable, and an adapter cannot be loaded without its factors. Weight decay still shrinks every parameter, so the
+    factors are the ratios of three numbers, which shrink alike. Ratios that are powers of two stay exact.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.factors = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.factors = nn.Parameter(torch.ones(3))
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The factors on keys and on values, (2,), without gradient."""
+        numbers = self.factors.detach()
+        return numbers[1:] / numbers[0]
+
+    @torch.no_grad()
+    def set(self, key_factor: float, value_factor: float) -> None:
+        """Set the factors on keys and on values."""
+        self.factors.copy_(self.factors.new_tensor([1.0, key_factor, value_factor]))
 
     def forward(self) -> torch.Tensor:
-        """Return a copy of the factors: a call, as for every parameter, so that what shards a model gathers them."""
-        return self.factors.detach().clone()
+        """Return the factors, (2,): a call, as for every parameter, so that what shards a model gathers them."""
+        if not torch.is_grad_enabled():
+            return self.values
+        return self.values + (self.factors[1:] - self.factors[1:].detach()) * 0.0
 
 
 class PrefixEncoder(nn.Module):
@@ -85,11 +104,11 @@ class PrefixEncoder(nn.Module):
         self._scalings: tuple[nn.ModuleDict, str] = (nn.ModuleDict({"alone": Scaling()}), "alone")
 
     @property
-    def scaling(self) -> torch.Tensor:
-        """The factors on keys and on values, (2,)."""
+    def scaling(self) -> Scaling:
+        """The factors on keys and on values."""
         scalings, name = self._scalings
         scaling: Any = scalings[name]
-        return scaling.factors
+        return scaling
 
     def take_scaling_from(self, scalings: nn.ModuleDict, name: str) -> None:
         """Let `scalings[name]` be the [`Scaling`]. It is looked up at each use, as shared parts are."""
@@ -107,8 +126,23 @@ class PrefixEncoder(nn.Module):
         """Whether the parameters have no memory yet, but wait for a checkpoint's."""
         return any(parameter.is_meta for part in self.parts() for parameter in part.parameters())
 
-    def initialize_parameters(self, key_std: float, value_std: float) -> None:
-        """Fill the parameters that this layer owns at random, so that E_K and E_V have these standard deviations."""
+    def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
+        """
+        Fill the parameters that this layer owns at random, so that E_K and E_V have these standard deviations: numbers, or
+        for the keys one for each head and dim, (heads, key_dim).
+        """
+        raise NotImplementedError
+
+    def key_source(self) -> nn.Module:
+        """The module that E_K comes from, this one or one that other layers share: they have the spread of their keys in common."""
+        raise NotImplementedError
+
+    def spread_keys(self, factors: torch.Tensor) -> None:
+        """Multiply what [`PrefixEncoder.key_source`] makes of E_K, without its offset, by a factor for each head, (heads,)."""
+        raise NotImplementedError
+
+    def shift_keys(self, offset: torch.Tensor) -> None:
+        """Add (heads, key_dim) to every token's E_K in this layer alone."""
         raise NotImplementedError
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,9 +182,20 @@ class DirectEncoder(PrefixEncoder):
         return [self]
 
     @torch.no_grad()
-    def initialize_parameters(self, key_std: float, value_std: float) -> None:
-        self.key.normal_(std=key_std)
+    def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
+        self.key.normal_().mul_(_per_head(key_std, self.key))
         self.value.normal_(std=value_std)
+
+    def key_source(self) -> nn.Module:
+        return self
+
+    @torch.no_grad()
+    def spread_keys(self, factors: torch.Tensor) -> None:
+        self.key.mul_(factors.to(self.key)[:, None, None])
+
+    @torch.no_grad()
+    def shift_keys(self, offset: torch.Tensor) -> None:
+        self.key.add_(offset.to(self.key)[:, None])
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key, self.value
@@ -170,9 +215,12 @@ class VirtualTokens(nn.Module):
 
 class ProjectedEncoder(PrefixEncoder):
     """
-    `reparameterization="linear"` or `"mlp"`: E_K and E_V are a projection of the learned input P'.
+    `reparameterization="linear"` or `"mlp"`: E_K and E_V are a projection of the learned input P', and each layer has a
+    learned offset o of its own on the keys of all tokens.
 
-        linear:  E = P' W_up            mlp:  E = W_2 act(W_1 P' + b_1) + b_2
+        linear:  [E_K - o; E_V] = P' W_up            mlp:  [E_K - o; E_V] = W_2 act(W_1 P' + b_1) + b_2
+
+    The offset is where keys are that the layer's queries pass over, whatever the layers share: a prefix starts there.
 
     Parts that layers share are modules of the model, not of a layer: encoders refer to them without registering them. So
     every parameter has one name, and a model that is sharded layer by layer keeps them whole while any layer runs.
@@ -211,6 +259,7 @@ class ProjectedEncoder(PrefixEncoder):
         }
         if hidden_size is None:
             del builders["hidden"]
+        self.key_offset = nn.Parameter(torch.zeros(shape.num_heads, shape.key_dim))
         network_is_shared = "output" in SHARED_PARTS[sharing]
         for name, build in builders.items():
             if name not in SHARED_PARTS[sharing]:
@@ -226,7 +275,7 @@ class ProjectedEncoder(PrefixEncoder):
 
     def parts(self) -> list[nn.Module]:
         """The modules whose own parameters the prefix depends on, shared ones included."""
-        return [*self.children(), *map(self.part, self._shared)]
+        return [self, *self.children(), *map(self.part, self._shared)]
 
     def own_parts(self) -> list[nn.Module]:
         return [self, *(self.part(name) for name in self._made)]
@@ -244,7 +293,8 @@ class ProjectedEncoder(PrefixEncoder):
         return [self._shared[name] for name in self._made]
 
     @torch.no_grad()
-    def initialize_parameters(self, key_std: float, value_std: float) -> None:
+    def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
+        self.key_offset.zero_()
         for name in [name for name, _ in self.named_children()] + self._made:
             part = self.part(name)
             if isinstance(part, VirtualTokens):
@@ -256,10 +306,26 @@ class ProjectedEncoder(PrefixEncoder):
                 else:
                     norm = self._norm_of_features(part.in_features)
                     keys, values = self.shape.split_columns(part.weight.T)
-                    keys.normal_(std=key_std / norm)
+                    keys.normal_().unflatten(-1, self.key_offset.shape).mul_(
+                        _per_head(key_std, self.key_offset) / norm
+                    )
                     values.normal_(std=value_std / norm)
                 if part.bias is not None:
                     part.bias.zero_()
+
+    def key_source(self) -> nn.Module:
+        return self.part("output")
+
+    @torch.no_grad()
+    def spread_keys(self, factors: torch.Tensor) -> None:
+        output: Any = self.key_source()
+        for parameter in output.parameters():  # the weight, and for an MLP the bias
+            keys, _ = self.shape.split_columns(parameter if parameter.dim() == 1 else parameter.T)
+            keys.unflatten(-1, self.key_offset.shape).mul_(factors.to(parameter)[:, None])
+
+    @torch.no_grad()
+    def shift_keys(self, offset: torch.Tensor) -> None:
+        self.key_offset.add_(offset.to(self.key_offset))
 
     def _norm_of_features(self, width: int) -> float:
         """The norm that what the output projection reads has at the start, on average."""
@@ -274,7 +340,8 @@ class ProjectedEncoder(PrefixEncoder):
         return produced if self.activation is None else self.activation(_apply(self.part("hidden"), produced))
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.shape.split(_apply(self.part("output"), self.features()))
+        key, value = self.shape.split(_apply(self.part("output"), self.features()))
+        return key + self.key_offset.to(key.device)[:, None], value
 
 
 def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
@@ -298,6 +365,14 @@ def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.Modu
         config.sharing,
         shared_parts,
     )
+
+
+def _per_head(std: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    """Standard deviations (heads, key_dim) in a form that broadcasts to keys (heads, tokens, key_dim), and a number as it is."""
+    if isinstance(std, torch.Tensor):
+        std = std.to(like.device, like.dtype)
+        return std if like.dim() == 2 else std[:, None]
+    return std
 
 
 def _apply(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def record_attention(base: nn.Module, run: Any) -> tuple[dict[str, Attended], to
     """Return what every attention module attends to when `run` runs the base model, and what that puts out."""
     attended = {}
 
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
         attended[name] = Attended(query[0].detach(), key[0].detach(), value[0].detach())
 
     with recording(attention_modules(base), record), torch.no_grad():

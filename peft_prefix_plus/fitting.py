@@ -57,8 +57,9 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
     for name, encoder in encoders.items():
         if isinstance(encoder, DirectEncoder):
             key, value = targets[name]
-            encoder.key.copy_(key.to(encoder.key.device) / encoder.scaling[0])
-            encoder.value.copy_(value.to(encoder.value.device) / encoder.scaling[1])
+            key_factor, value_factor = encoder.scaling.values.tolist()
+            encoder.key.copy_(key.to(encoder.key.device) / key_factor)
+            encoder.value.copy_(value.to(encoder.value.device) / value_factor)
         elif isinstance(encoder, ProjectedEncoder):
             projected[name] = encoder
     if projected:
@@ -83,7 +84,7 @@ def _fit_projections(encoders: Mapping[str, ProjectedEncoder], targets: Mapping[
 
 
 def _unscaled(encoder: ProjectedEncoder, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    key_factor, value_factor = encoder.scaling.tolist()
+    key_factor, value_factor = encoder.scaling.values.tolist()
     return encoder.shape.join(key.cpu().double() / key_factor, value.cpu().double() / value_factor)
 
 

@@ -55,20 +55,26 @@ class AttentionGeometry:
         kind (`str`): `"self"`, or in an encoder-decoder model `"encoder"` (its self-attention) or `"cross"`.
         shape (`KVShape`): Heads and dims of its keys and values.
         num_query_heads (`int`): Heads of its queries.
-        key (`torch.Tensor`): The keys of some tokens of the vocabulary, (kv_heads, tokens, key_dim).
+        scale (`float`): s, the factor on the products of queries and keys.
+        query (`torch.Tensor`): The queries of some tokens of the vocabulary, (query_heads, tokens, key_dim).
+        key (`torch.Tensor`): The keys of such tokens, (kv_heads, tokens, key_dim).
         value (`torch.Tensor`): Their values, (kv_heads, tokens, value_dim).
         rotation (`QueryRotation`, *optional*): How it rotates its queries by their positions (RoPE), if it does.
         obstacle (`str`, *optional*): Why the rotation of its queries cannot be undone, if it cannot.
+        unrotated_query (`torch.Tensor`): `query` before its rotation.
         unrotated_key (`torch.Tensor`): `key` before its rotation, if it is of the tokens that the queries are of.
     """
 
     kind: str
     shape: KVShape
     num_query_heads: int
+    scale: float
+    query: torch.Tensor = field(repr=False, compare=False)
     key: torch.Tensor = field(repr=False, compare=False)
     value: torch.Tensor = field(repr=False, compare=False)
     rotation: QueryRotation | None
     obstacle: str | None
+    unrotated_query: torch.Tensor = field(repr=False, compare=False)
     unrotated_key: torch.Tensor = field(repr=False, compare=False)
 
 
@@ -116,7 +122,7 @@ def recording(
     modules: dict[str, nn.Module], record: Callable[..., None], reject: Callable[[str, str], None] = lambda *_: None
 ) -> Iterator[None]:
     """
-    Call `record(name, query, key, value)` whenever one of the modules computes attention in this thread, and
+    Call `record(name, query, key, value, scale)` whenever one of the modules computes attention in this thread, and
     `reject(name, reason)` when one that does not call the attention interface has computed something else.
 
     Prefixes that the modules carry have no effect meanwhile, and everything is as before afterwards.
@@ -162,7 +168,8 @@ def _record_interface(
     *args: Any,
     **kwargs: Any,
 ) -> AttentionOutput:
-    record(query, key, value)
+    scaling = kwargs.get("scaling")
+    record(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     # what a record has autograd follow ends here: not every kernel has a backward
     return _attend_as_ever(module, query.detach(), key.detach(), value.detach(), *args, **kwargs)
 
@@ -263,7 +270,7 @@ def probe(
     rejected = {} if rejected is None else rejected
     is_encoder_decoder = False
 
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
         kind = "self"
         if is_encoder_decoder and query.shape[2] != num_tokens:
             kind = "encoder"
@@ -273,13 +280,24 @@ def probe(
         rotation, embeddings = rotations.of_query(name, query)
         if name in found:
             return
-        key, value = key[:1].detach(), value[0].detach()
-        unrotated_key = key  # (1, kv_heads, tokens, key_dim)
-        if rotation is not None and embeddings is not None and key.shape[2] == query.shape[2]:
-            unrotated_key = rotation.undo(key, embeddings).detach()
-        obstacle = rotations.obstacles.get(name)
+        query, key, value = query[:1].detach(), key[:1].detach(), value[0].detach()
+        unrotated_query, unrotated_key = query, key  # (1, heads, tokens, key_dim)
+        if rotation is not None and embeddings is not None:
+            unrotated_query = rotation.undo(query, embeddings).detach()
+            if key.shape[2] == query.shape[2]:
+                unrotated_key = rotation.undo(key, embeddings).detach()
         found[name] = AttentionGeometry(
-            kind, shape, query.shape[1], key[0], value, rotation, obstacle, unrotated_key[0]
+            kind=kind,
+            shape=shape,
+            num_query_heads=query.shape[1],
+            scale=1.0 if isinstance(scale, torch.Tensor) and scale.is_meta else float(scale),
+            query=query[0],
+            key=key[0],
+            value=value,
+            rotation=rotation,
+            obstacle=rotations.obstacles.get(name),
+            unrotated_query=unrotated_query[0],
+            unrotated_key=unrotated_key[0],
         )
 
     for prefix, submodel in _outermost_first(model):

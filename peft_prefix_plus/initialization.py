@@ -147,7 +147,7 @@ def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
     inputs.update(positions_before(model, inputs))
     found: dict[str, KeyValue] = {}
 
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
         found.setdefault(name, (key[0], value[0]))
 
     with recording(attention_modules(model), record), evaluating(model):

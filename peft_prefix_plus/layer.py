@@ -43,9 +43,13 @@ ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
 """The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that are added to its attention."""
 
 
+GATE_SCALE = 25.0
+"""What a gate's parameter of 1 stands for: a gate goes from 0 to about 1 while keys and values move by far less. Measured: docs/quality.md."""
+
+
 class Gates(nn.ParameterDict):
     """
-    The gates of one attention module, (query_heads,) each, by adapter.
+    The gates of one attention module by adapter, (query_heads,) each, divided by [`GATE_SCALE`].
 
     They are read by a call, as all parameters of adapters are: ZeRO-3 gathers a module's parameters when it is called.
     """
@@ -53,8 +57,8 @@ class Gates(nn.ParameterDict):
     __call__ = nn.Module.__call__  # which `nn.ParameterDict` forbids
 
     def forward(self, adapter_name: str) -> torch.Tensor | None:
-        """Return a copy of an adapter's gate, or `None` if it has none."""
-        return self[adapter_name].clone() if adapter_name in self else None
+        """Return an adapter's gate, or `None` if it has none."""
+        return self[adapter_name] * GATE_SCALE if adapter_name in self else None
 
 
 class PrefixPlusLayer(nn.Module, PrefixPlusModule):
@@ -65,8 +69,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
         (P_K, P_V) = dropout(encoder())
 
-    The encoder's scaling is kept here: in a parameter, because what shards a model, or fills it from the meta device, looks
-    after parameters; and apart from those that are trained, because PEFT makes all of those require a gradient.
+    The encoder's scaling is kept here, apart from the parameters that [`PrefixPlusLayer.adapter_parameters`] yields, because it
+    stays in float32.
 
     Several active adapters' prefixes stand one after the other.
 
@@ -76,8 +80,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             kept up to date by PEFT.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
-    other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled", "is_position_free")
+    adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate", "prefix_plus_scaling")
+    other_param_names: tuple[str, ...] = ("dropout", "is_decoupled", "is_position_free")
 
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
@@ -123,8 +127,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         scale_and_start(encoder, config, geometry)
         self.prefix_plus_encoder[adapter_name] = encoder
         if config.gating:
-            is_open = config.init_weights in (False, "random")
-            self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), float(is_open)))
+            start = 1.0 / GATE_SCALE if config.init_weights in (False, "random") else 0.0
+            self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), start))
         self.dropout[adapter_name] = float(config.encoder_dropout)
         self.is_decoupled[adapter_name] = config.decoupled
         self.set_position_free(adapter_name, bool(config.position_free), geometry.rotation)
@@ -209,7 +213,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
         """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
-        self.encoder(adapter_name).scaling.fill_(1.0)
+        self.encoder(adapter_name).scaling.set(1.0, 1.0)
         encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
 
@@ -353,8 +357,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.prefix_plus_encoder:
             return
-        scaling = self.encoder(adapter_name).scaling
-        if any(parameter.is_meta for parameter in (scaling, *self.adapter_parameters(adapter_name))):
+        factors = self.encoder(adapter_name).scaling.factors
+        if any(parameter.is_meta for parameter in (factors, *self.adapter_parameters(adapter_name))):
             return  # built empty, to be filled by a checkpoint
         device = execution_device(self.attention) if device is None else device
         self._adapter_to(adapter_name, device=device)

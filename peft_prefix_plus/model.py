@@ -24,6 +24,7 @@ from .geometry import calls_attention_interface
 from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
 from .others import keeping_others_modules, leave_modules_to_others, require_free_name
+from .quiet import start_quietly
 from .registration import METHOD_NAME, PREFIX_PLUS
 from .running import RUNNING, keeping_prefixes, naming_rows
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
@@ -34,7 +35,7 @@ from .targets import Selection, resolve_position_free, select_modules, select_sa
 BASE_MODEL_NAME = "__base__"
 """What stands for no adapter in `adapter_names`."""
 
-CONTAINERS = (*PrefixPlusLayer.adapter_layer_names, "prefix_plus_scaling", *SharedParts.adapter_layer_names)
+CONTAINERS = (*PrefixPlusLayer.adapter_layer_names, *SharedParts.adapter_layer_names)
 """The names of the dictionaries that hold parameters by adapter."""
 
 
@@ -67,7 +68,7 @@ class PrefixPlusModel(BaseTuner):
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     >>> model = get_peft_model(model, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
     >>> model.print_trainable_parameters()
-    trainable params: 2,560 || all params: 97,604 || trainable%: 2.6228
+    trainable params: 2,566 || all params: 97,606 || trainable%: 2.6289
 
     ```
     """
@@ -125,7 +126,7 @@ class PrefixPlusModel(BaseTuner):
                 # PEFT leaves its copy of a module inactive where an adapter of another method has one too
                 self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
             _check_adapter_name(model, adapter_name)
-            self._start_from_activations(model, adapter_name)
+            self._start_as_measured(model, adapter_name)
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
         except BaseException:
@@ -138,13 +139,16 @@ class PrefixPlusModel(BaseTuner):
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
 
-    def _start_from_activations(self, model: nn.Module, adapter_name: str) -> None:
-        """Let the prefix start from the base model's own keys and values, if its configuration says so."""
+    def _start_as_measured(self, model: nn.Module, adapter_name: str) -> None:
+        """Let the prefix start where the base model's own queries, or keys and values, tell it to."""
         config: Any = self.peft_config[adapter_name]
         assert self._selection is not None
         geometries = self._selection.modules
+        is_quiet = config.init_weights is True and not config.gating and not config.decoupled
         if any(geometry.key.is_meta for geometry in geometries.values()):
-            if not config.awaits_weights and (config.prefix_scaling is None or config.init_weights == "activations"):
+            if not config.awaits_weights and (
+                config.prefix_scaling is None or is_quiet or config.init_weights == "activations"
+            ):
                 warnings.warn(
                     f"{type(model).__name__} has no weights yet (it is on the meta device), so its keys and values could not "
                     "be measured: the prefix is scaled as if their standard deviation were 1, and starts at random. Load the "
@@ -153,8 +157,12 @@ class PrefixPlusModel(BaseTuner):
                 )
             return
         encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
-        if config.init_weights != "activations" or any(encoder.is_empty() for encoder in encoders.values()):
-            return  # empty: built to be filled by a checkpoint
+        if config.awaits_weights or any(encoder.is_empty() for encoder in encoders.values()):
+            return  # to be filled by a checkpoint
+        if is_quiet:
+            start_quietly(encoders, geometries, bool(config.position_free))
+        if config.init_weights != "activations":
+            return
         length, keeps_values = config.num_virtual_tokens, not config.decoupled
         fit(
             encoders,

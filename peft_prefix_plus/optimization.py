@@ -13,11 +13,7 @@ from .encoders import DirectEncoder, ProjectedEncoder, Scaling
 from .layer import PrefixPlusLayer
 
 
-DEFAULT_RATIOS = {"keys": 1.0, "values": 1.0, "gates": 25.0, "projection": 1.0, "other": 1.0}
-"""
-The rate of each group as a multiple of `lr`, where the caller names none. Keys and values differ by their scale already (see
-`scaling.py`); a gate must go from 0 to about 1 while they move. Measured: docs/quality.md.
-"""
+KINDS = ("keys", "values", "gates", "projection", "other")
 
 
 def prefix_plus_param_groups(
@@ -36,14 +32,14 @@ def prefix_plus_param_groups(
     A group's `name` is `"keys"`, `"values"`, `"gates"`, `"projection"` (P' and the network of a reparameterization) or
     `"other"` (everything else that is trainable: `modules_to_save`, other adapters). Vectors and numbers of the last two,
     biases above all, are in `"projection_no_decay"` and `"other_no_decay"`. Weight decay is not on these, nor on gates.
-    Every trainable parameter is in one group, and no group is empty.
+    Every trainable parameter is in one group, but for the scales, whose gradient is zero; no group is empty.
 
     Args:
         model (`nn.Module`): A model with PREFIX_PLUS adapters.
-        lr (`float`): The rate of every group for which none is given; gates have 25 times that.
+        lr (`float`): The rate of every group for which none is given.
         key_lr (`float`, *optional*): The rate of the keys.
         value_lr (`float`, *optional*): The rate of the values.
-        gate_lr (`float`, *optional*): The rate of the gates; `None` means 25 · `lr`.
+        gate_lr (`float`, *optional*): The rate of the gates.
         projection_lr (`float`, *optional*): The rate of the projection.
         weight_decay (`float`, defaults to 0.0): The weight decay of all but gates, biases and other vectors.
         adapter_name (`str`, *optional*):
@@ -92,7 +88,7 @@ def prefix_plus_param_groups(
         parameter for module in model.modules() if isinstance(module, Scaling) for parameter in module.parameters()
     )
     kinds = {parameter: kind for _, kind, parameter in _prefix_parameters(model)}
-    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in DEFAULT_RATIOS}
+    members: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     for parameter in model.parameters():  # yields a shared parameter once
         if parameter.requires_grad and parameter not in left_out:
             members[kinds.get(parameter, "other")].append(parameter)
@@ -109,7 +105,7 @@ def prefix_plus_param_groups(
     groups = []
     for kind, parameters in members.items():
         rate = given[kind][1] if kind in given else None
-        rate = lr * DEFAULT_RATIOS[kind] if rate is None else rate
+        rate = lr if rate is None else rate
         for name, members_of_group in _by_decay(kind, parameters):
             decay = 0.0 if kind == "gates" or name.endswith("_no_decay") else weight_decay
             groups.append({"name": name, "params": members_of_group, "lr": rate, "weight_decay": decay})

@@ -20,6 +20,13 @@ from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 VOCABULARY = 64
 PAD_TOKEN = 1
 
+JOINT_SCALES, DECOUPLED_SCALES, GATE_SCALE = (16.0, 16.0), (8.0, 8.0), 25.0
+"""What a parameter of 1 stands for: standard deviations of the module's own keys, and values; a gate."""
+QUIET_SHARE, SPREAD = 5e-4, 1.0
+"""The share of the attention that falls on a prefix at its start, and the standard deviation of its keys' scores in nats."""
+SCALING_SIZE = 3
+"""How many numbers hold the factors of one attention module. They require a gradient, which is zero."""
+
 DECODER_SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -297,7 +304,7 @@ def prefix_layers(model: nn.Module) -> dict[str, PrefixPlusLayer]:
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter's prefixes by name, less those that are not trained: the scaling."""
+    """The parameters of an adapter's prefixes by name, less those that never change: the scaling."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()

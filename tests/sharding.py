@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import GATE_SCALE
 from peft import PeftModel, get_peft_model
 from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,6 +112,15 @@ def train_two_steps(
     return results
 
 
+def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
+    """An optimizer that moves a gate as far as if it were its parameter, which it is `GATE_SCALE` times."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in trainable(model).items():
+        groups["prefix_plus_gate" in name].append(parameter)
+    rates = {True: LEARNING_RATE / GATE_SCALE**2, False: LEARNING_RATE}
+    return torch.optim.SGD([{"params": groups[each], "lr": rates[each]} for each in groups if groups[each]])
+
+
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits.clone()
@@ -119,7 +129,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def of_one_process(case: Case) -> dict[str, Any]:
     """What one process gets on the whole batch."""
     model = adapted(case)
-    results = train_two_steps(model, torch.optim.SGD(trainable(model).values(), lr=LEARNING_RATE), IDS)
+    results = train_two_steps(model, optimizer_of(model), IDS)
     return {**results, "logits": logits_of(model)}
 
 

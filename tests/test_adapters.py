@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from models import (
+    SCALING_SIZE,
     adapter_parameters,
     assert_unchanged,
     loss_of,
@@ -383,7 +384,8 @@ def test_the_status_of_layers_and_model():
     assert status.num_adapter_layers == 4  # the three, and what they share
     assert status.enabled is True
     assert status.active_adapters == ["first"]
-    assert status.trainable_params == sum(p.numel() for p in adapter_parameters(model, "first").values())
+    trained = sum(p.numel() for p in adapter_parameters(model, "first").values())
+    assert status.trainable_params == trained + 2 * SCALING_SIZE
     assert status.total_params == sum(p.numel() for p in model.parameters())
     with model.disable_adapter():
         assert get_model_status(model).enabled is False

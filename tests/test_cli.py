@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import SCALING_SIZE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -283,7 +284,7 @@ def test_inspect_shows_each_layers_prefix_without_the_base_models_weights(
         assert float(key_rms) == pytest.approx(key.square().mean().sqrt().item(), rel=1e-3)
         assert float(value_rms) == pytest.approx(value.square().mean().sqrt().item(), rel=1e-3)
         assert rest[:-1] == ([f"{math.tanh(1.0):.4g}"] if gating else [])
-    total = model.get_nb_trainable_parameters()[0]
+    total = model.get_nb_trainable_parameters()[0] - len(prefixes) * SCALING_SIZE
     assert sum(int(cells[-1].replace(",", "")) for cells in table.values()) == total
     assert f"{total:,} parameters in all" in printed
 

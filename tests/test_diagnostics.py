@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import prefix_config, prefixed, tiny_model, token_ids, unchanged
+from models import GATE_SCALE, prefix_config, prefixed, tiny_model, token_ids, unchanged
 from peft import get_peft_model
 from tiny_models import Case
 from tiny_models import tiny_model as tiny_model_of_case
@@ -288,7 +288,7 @@ def test_a_gated_prefix_counts_by_its_gate(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "prefix_plus_gate" in name:
-                parameter.copy_(gate)
+                parameter.copy_(gate / GATE_SCALE)
     for mass in prefix_attention_mass(adapted, input_ids=token_ids()).values():
         torch.testing.assert_close(mass, gate.tanh().abs())
 

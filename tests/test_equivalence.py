@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from models import GATE_SCALE, SCALING_SIZE
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -225,7 +226,9 @@ def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization,
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     assert torch.equal(logits(loaded.eval(), batch()), expected)
-    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 3 * (2 * 20 * 16 + 4 * ("gating" in kind))
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 3 * (
+        2 * 20 * 16 + 4 * ("gating" in kind) + SCALING_SIZE
+    )
 
 
 def test_prefix_key_values_names_the_adapters_there_are():
@@ -246,7 +249,7 @@ def test_a_gated_prefix_adds_its_own_attention(formula):
 
     layer = model.get_base_model().model.layers[1].self_attn.prefix_plus
     with torch.no_grad():
-        layer.prefix_plus_gate["default"].copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+        layer.prefix_plus_gate["default"].copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]) / GATE_SCALE)
     prefix_key, prefix_value = prefix_key_values(model)["model.layers.1.self_attn"]
 
     def gated(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -255,7 +258,7 @@ def test_a_gated_prefix_adds_its_own_attention(formula):
             own, _ = formula(
                 module, query, prefix_key.expand(2, -1, -1, -1), prefix_value.expand(2, -1, -1, -1), None, scaling
             )
-            output = output + own * layer.prefix_plus_gate["default"].detach().tanh()[:, None]
+            output = output + own * torch.tensor([0.5, -1.0, 2.0, 0.0]).tanh()[:, None]
         return output, None
 
     formula.prefixes = {}

@@ -12,6 +12,9 @@ import torch
 import transformers
 from models import (
     DECODER_SIZES,
+    DECOUPLED_SCALES,
+    JOINT_SCALES,
+    SCALING_SIZE,
     VOCABULARY,
     adapter_parameters,
     output_of,
@@ -102,13 +105,16 @@ def next_power_of_two(number: float) -> float:
 
 def scalings(model: torch.nn.Module) -> list[tuple[float, float]]:
     """The factors of each layer on keys and on values."""
-    return [tuple(layer.encoder("default").scaling.tolist()) for layer in prefix_layers(model).values()]
+    return [tuple(layer.encoder("default").scaling.values.tolist()) for layer in prefix_layers(model).values()]
 
 
 # --------------------------------------------------------------------------------------------------- the scale
 
 
-@pytest.mark.parametrize(("fields", "scales"), [({}, (64.0, 512.0)), ({"decoupled": True}, (32.0, 32.0))])
+@pytest.mark.parametrize(
+    ("fields", "scales"),
+    [({}, JOINT_SCALES), ({"gating": True}, JOINT_SCALES), ({"decoupled": True}, DECOUPLED_SCALES)],
+)
 @pytest.mark.parametrize(
     "build",
     [tiny_model, uneven_model, latent_model, lambda: tiny_model("gpt2")],
@@ -140,7 +146,7 @@ def test_the_scale_is_the_same_for_every_encoder(reparameterization, sharing):
 def test_a_given_scale_is_that_of_keys_and_values_everywhere(scaling):
     model = prefixed(uneven_model(), prefix_scaling=scaling)
     for layer in prefix_layers(model).values():
-        assert torch.equal(layer.encoder("default").scaling, torch.tensor([scaling, scaling]))
+        assert torch.equal(layer.encoder("default").scaling.values, torch.tensor([scaling, scaling]))
 
 
 @pytest.mark.parametrize("init_weights", [True, "random", "zero", "activations"])
@@ -157,7 +163,9 @@ def test_a_start_is_the_same_under_every_scale(reparameterization, sharing, init
         for given, other in zip(starts[2][name], expected, strict=True):
             torch.testing.assert_close(given, other, rtol=1e-4, atol=1e-5)
         for measured_start, other in zip(starts[0][name], expected, strict=True):
-            if is_shared and init_weights in (True, "random"):
+            if is_shared and init_weights is True:
+                pass  # tests/test_quiet.py: each layer's keys are where its own queries pass over them
+            elif is_shared and init_weights == "random":
                 # layers share what is drawn, and each has a scale of its own on it: the power of two next to its spread
                 ratio = measured_start.std() / other.std()
                 assert 0.4 < ratio < 2.5
@@ -165,7 +173,7 @@ def test_a_start_is_the_same_under_every_scale(reparameterization, sharing, init
                 torch.testing.assert_close(measured_start, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("init_weights", [True, False, "random"])
+@pytest.mark.parametrize("init_weights", [False, "random"])
 @pytest.mark.parametrize("scaling", [None, 1.0])
 @EACH_ENCODER
 def test_a_random_start_has_the_spread_of_the_modules_own_keys_and_values(
@@ -198,7 +206,7 @@ def test_the_scale_is_saved_and_loaded_into_a_base_whose_weights_changed(reparam
     stored = [
         tensor for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items() if "scaling" in name
     ]
-    assert len(stored) == 3
+    assert [tuple(tensor.shape) for tensor in stored] == [(SCALING_SIZE,)] * 3
     for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
         loaded = PeftModel.from_pretrained(copy.deepcopy(changed), tmp_path, **options)
         assert scalings(loaded) == scalings(model)
@@ -255,20 +263,22 @@ def test_over_a_base_in_bfloat16_the_scale_is_exact(autocast):
     config = PrefixPlusConfig(num_virtual_tokens=3, prefix_scaling=0.1)
     model = get_peft_model(tiny_model(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast)
     for layer in prefix_layers(model).values():
-        assert torch.equal(layer.encoder("default").scaling, torch.tensor([0.1, 0.1]))
+        assert torch.equal(layer.encoder("default").scaling.values, torch.tensor([0.1, 0.1]))
         key, value = layer.prefix_key_value("default")
         assert key.dtype == value.dtype == (torch.float32 if autocast else torch.bfloat16)
     assert output_of(model, input_ids=token_ids()).isfinite().all()
 
 
-def test_the_scale_is_not_trained():
+def test_the_scale_is_trainable_as_the_rest_of_its_adapter_is():
     model = prefixed(tiny_model(), reparameterization="linear").train()
     model.add_adapter("second", PrefixPlusConfig())
     for adapter in ("second", "default"):
         model.set_adapter(adapter)
         model.set_requires_grad(adapter)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert names and set(names) == set(adapter_parameters(model, adapter))
+        of_scale = {name for name in names if name.endswith(f"prefix_plus_scaling.{adapter}.factors")}
+        assert len(of_scale) == 3
+        assert set(names) == set(adapter_parameters(model, adapter)) | of_scale
         assert model.get_model_status().requires_grad == {
             "default": adapter == "default",
             "second": adapter == "second",
@@ -378,7 +388,7 @@ def scaled_targets(
     """What the parameters must produce, (layers · tokens, size), in float64."""
     rows = []
     for name in layers:
-        factors = prefix_layers(model)[name].encoder("default").scaling.double()
+        factors = prefix_layers(model)[name].encoder("default").scaling.values.double()
         flat = [
             states.double().transpose(0, 1).flatten(1) / f for states, f in zip(targets[name], factors, strict=True)
         ]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import output_of, prefix_layers, prefixed, tiny_model, token_ids
+from models import GATE_SCALE, output_of, prefix_layers, prefixed, tiny_model, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_attention import (
     BATCH,
@@ -313,7 +313,7 @@ def test_output_is_the_formula(reference_of, name, fields):
     for module, layer in prefix_layers(model).items():
         formula.prefixes[reference.get_submodule(module)] = prefix_key_values(model)[module]
         if fields.get("gating"):
-            formula.gates[reference.get_submodule(module)] = layer.prefix_plus_gate["default"].detach()
+            formula.gates[reference.get_submodule(module)] = layer.prefix_plus_gate["default"].detach() * GATE_SCALE
     for padding in (False, True):
         expected = logits(reference, padding)
         for implementation in ("eager", "sdpa"):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    GATE_SCALE,
+    SCALING_SIZE,
     adapter_parameters,
     output_of,
     prefix_config,
@@ -89,7 +91,7 @@ def test_greedy_removal_measures_again_after_each_layer() -> None:
 def test_a_layer_without_effect_is_the_first_to_go(greedy: bool) -> None:
     model = prefixed(tiny_model(), gating=True)
     for number, layer in enumerate(prefix_layers(model).values()):
-        layer.prefix_plus_gate["default"].data.fill_(1.0 if number == 1 else 0.0)
+        layer.prefix_plus_gate["default"].data.fill_(1.0 / GATE_SCALE if number == 1 else 0.0)
     ids = token_ids()
     with torch.no_grad(), model.disable_adapter():
         without = model(input_ids=ids).logits.log_softmax(-1)
@@ -104,8 +106,8 @@ def test_a_layer_without_effect_is_the_first_to_go(greedy: bool) -> None:
 
 def test_what_layers_share_counts_once() -> None:
     model = prefixed(tiny_model(), reparameterization="linear", sharing="projection")
-    projection, input_ = 5 * 2 * 2 * 8, 3 * 5
-    assert model.get_nb_trainable_parameters()[0] == projection + 3 * input_
+    projection, input_ = 5 * 2 * 2 * 8, 3 * 5 + 2 * 8  # P' and the offset on the keys
+    assert model.get_nb_trainable_parameters()[0] == projection + 3 * (input_ + SCALING_SIZE)
     found = suggest_layers(model, batches(), projection + 2 * input_)
     assert (found.parameters, found.parameters_of_kept) == (projection + 3 * input_, projection + 2 * input_)
     assert len(found.layers) == 2

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from models import (
+    SCALING_SIZE,
     adapter_parameters,
     loss_of,
     output_of,
@@ -55,6 +56,8 @@ def test_adapter_parameters_and_no_others_get_gradients(reparameterization, shar
         if name in adapter:
             assert gradient.abs().max() > 0, name
             assert gradient.isfinite().all(), name
+        elif "prefix_plus_scaling" in name:
+            assert torch.equal(gradient, torch.zeros(SCALING_SIZE)), name
         else:
             assert gradient is None, name
 

@@ -157,7 +157,7 @@ class InlineAttention(TorchFunctionMode):
 
     Attributes:
         attended (`list`): Of every computation of attention that was followed to its end, the queries (batch,
-            query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim) and values.
+            query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the scores.
         num_softmaxes (`int`): How many softmaxes were taken.
         lost_at (`list[str]`): The operations at which scores could not be followed further.
     """
@@ -167,7 +167,7 @@ class InlineAttention(TorchFunctionMode):
         self.module = module
         self.source = source
         self.observe = observe
-        self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]] = []
         self.num_softmaxes = 0
         self.lost_at: list[str] = []
         # by id, with the tensors themselves: an id must not be given to another tensor meanwhile
@@ -297,7 +297,7 @@ class InlineAttention(TorchFunctionMode):
     def _attend(self, state: Probabilities, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add what the prefix gives to the product of probabilities and real values."""
         query, key = self._heads_apart(state.scores.query), self._heads_apart(state.scores.key).transpose(-1, -2)
-        self.attended.append((query, key, self._heads_apart(value)))
+        self.attended.append((query, key, self._heads_apart(value), state.scores.scale))
         if state.prefix is not None and state.of_prefix is not None:
             probabilities = state.of_prefix.reshape(*query.shape[:-1], state.of_prefix.shape[-1])
             attended = probabilities @ state.prefix.value.to(probabilities.dtype)
@@ -325,7 +325,7 @@ class InlineAttention(TorchFunctionMode):
     ) -> torch.Tensor:
         """The formula in one call, (batch, heads, tokens, dim): with a prefix, by concatenation."""
         self.num_softmaxes += 1
-        self.attended.append((query, key, value))
+        self.attended.append((query, key, value, query.shape[-1] ** -0.5 if scale is None else scale))
         prefix, added_prefixes = (None, ()) if self.source is None else self.source(key, value)
 
         def attend(module: nn.Module, *tensors: torch.Tensor | None, is_causal: bool = False) -> Any:

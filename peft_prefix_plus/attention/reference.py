@@ -12,6 +12,9 @@ from torch.nn.functional import silu
 from .prefix import Prefix
 
 
+DECOUPLED_CAP = 6.0
+"""What the scores of a decoupled prefix approach and never exceed. Measured: docs/quality.md."""
+
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 AttentionFunction = Callable[..., AttentionOutput]
 
@@ -142,10 +145,11 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     """
     What a prefix that does not share a softmax with the real tokens adds to the base model's attention.
 
-        with a gate:  tanh(gate) · softmax(s · Q P_Kᵀ) P_V          decoupled:  silu(s · Q P_Kᵀ) P_V
+        with a gate:  tanh(gate) · softmax(s · Q P_Kᵀ) P_V          decoupled:  silu(cap(s · Q P_Kᵀ)) P_V
 
     See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and Prefix-Tuning+ (arXiv 2506.13674), which takes the prefix out of
-    the softmax as well.
+    the softmax as well. Without a softmax a score has no bound: cap(x) = c · tanh(x / c), with c = [`DECOUPLED_CAP`], keeps the
+    queries of a sink, or of one outlying dim, from growing what is added without end.
 
     Args:
         query: The queries that the prefix reads, (batch, query_heads, tokens, key_dim).
@@ -159,7 +163,10 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = grouped @ prefix.key.unsqueeze(1).transpose(-1, -2) * scale
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = silu(scores) if prefix.gate is None else scores.softmax(dim=-1)
+    if prefix.gate is None:
+        weights = silu((scores / DECOUPLED_CAP).tanh() * DECOUPLED_CAP)
+    else:
+        weights = scores.softmax(dim=-1)
     attended = (weights.to(query.dtype) @ prefix.value.unsqueeze(1)).flatten(1, 2)
     if prefix.gate is not None:
         attended = attended * prefix.gate.tanh()[None, :, None, None]

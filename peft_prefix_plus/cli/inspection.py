@@ -111,7 +111,7 @@ def rows_of(model: Any, adapter_name: str = "default") -> list[Row]:
     for name, layer in layers_with_adapter(model, adapter_name):
         key, value = layer.prefix_key_value(adapter_name)
         dims = f"{key.shape[2]}" if key.shape[2] == value.shape[2] else f"{key.shape[2]}/{value.shape[2]}"
-        gate = layer.prefix_plus_gate.get(adapter_name)
+        gate = layer.prefix_plus_gate(adapter_name)
         rows.append(
             Row(
                 module=name,

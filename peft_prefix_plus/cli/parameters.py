@@ -90,7 +90,8 @@ def count_all(settings: CountingSettings) -> Iterator[Count]:
                     encoder_hidden_size=settings.encoder_hidden_size if reparameterization == "mlp" else None,
                     layers_to_transform=settings.layers_to_transform,
                     sharing=sharing,
-                    prefix_scaling=1.0,  # without weights there is nothing to measure
+                    prefix_scaling=1.0,  # without weights there is nothing to measure,
+                    init_weights="random",  # neither for the scale nor for the start
                 )
                 adapted = get_peft_model(model, config)
             trainable, total = adapted.get_nb_trainable_parameters()
