@@ -146,14 +146,11 @@ class PrefixPlusConfig(PeftConfig):
         metadata={"help": "Factor on what the encoder puts out; None measures it in each attention module."},
     )
     gating: bool = field(
-        default=False,
-        metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."},
+        default=False, metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."}
     )
     decoupled: bool = field(
         default=False,
-        metadata={
-            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model."
-        },
+        metadata={"help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model."},
     )
     position_free: bool | None = field(
         default=None,

@@ -306,9 +306,7 @@ class ProjectedEncoder(PrefixEncoder):
                 else:
                     norm = self._norm_of_features(part.in_features)
                     keys, values = self.shape.split_columns(part.weight.T)
-                    keys.normal_().unflatten(-1, self.key_offset.shape).mul_(
-                        _per_head(key_std, self.key_offset) / norm
-                    )
+                    keys.normal_().unflatten(-1, self.key_offset.shape).mul_(_per_head(key_std, self.key_offset) / norm)
                     values.normal_(std=value_std / norm)
                 if part.bias is not None:
                     part.bias.zero_()
