@@ -114,6 +114,7 @@ def strike_at_random(name: str, times: int) -> None:
                 while True:
                     model.generate(input_ids=texts(0), max_new_tokens=2, pad_token_id=0)
             except _Struck:
+                torch.set_grad_enabled(True)  # which torch's own `no_grad` forgets if it is struck while it ends
                 bystanders.check()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)

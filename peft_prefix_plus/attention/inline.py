@@ -449,12 +449,20 @@ def run_under(mode: InlineAttention, forward: Callable[..., Any], args: Any, kwa
             return forward(mode.module, *args, **kwargs)
     depth = _len_torch_function_stack()
     try:
-        # not `with mode`: its functions are ones of Python, which an interrupt may end half-way
-        _push_mode(mode)
-        return forward(mode.module, *args, **kwargs)
+        try:
+            # not `with mode`: its functions are ones of Python, which an interrupt may end half-way
+            _push_mode(mode)
+            return forward(mode.module, *args, **kwargs)
+        finally:
+            _pop_modes(depth)
     finally:
-        while _len_torch_function_stack() > depth:
-            _pop_mode()
+        _pop_modes(depth)  # again, as an interrupt may have come into the first
+
+
+def _pop_modes(depth: int) -> None:
+    """Take modes off the stack of this thread's until it is no higher than it was."""
+    while _len_torch_function_stack() > depth:
+        _pop_mode()
 
 
 def require_complete(mode: InlineAttention) -> None:
