@@ -69,8 +69,6 @@ class Bystanders:
         return [*(model(input_ids=texts(2)).logits for model in self.models), written_out(*self.tensors)]
 
     def check(self) -> None:
-        assert torch.is_grad_enabled()
-        assert torch.overrides._len_torch_function_stack() == 0
         assert all(map(torch.equal, self.answers(), self.expected))
 
 
@@ -91,7 +89,27 @@ def test_an_interrupted_call_changes_nothing_else(name: str, interrupt: str, cal
         CALLS[call](model)
     handle.remove()
     assert [(type(module), getattr(module, "config", None)) for module in model.modules()] == classes
+    assert torch.is_grad_enabled()
+    assert torch.overrides._len_torch_function_stack() == 0
     bystanders.check()
+
+
+def test_a_mode_that_torch_puts_back_too_late_follows_nothing() -> None:
+    """As an interrupted `torch.overrides.handle_torch_function` does, when the interrupt's traceback is freed."""
+    model: Any = prefixed(MODELS["GPT-J"]().eval(), task_type="CAUSAL_LM")
+    bystanders, modes = Bystanders(model), []
+    note = (
+        model.get_base_model()
+        .transformer.h[0]
+        .attn.out_proj.register_forward_hook(lambda *_: modes.append(torch.overrides._get_current_function_mode()))
+    )
+    model(input_ids=texts(1))
+    note.remove()
+    torch.overrides._push_mode(modes[0])
+    bystanders.models.reverse()  # others first: the model with a prefix takes the mode away
+    bystanders.expected = [*reversed(bystanders.expected[:-1]), bystanders.expected[-1]]
+    bystanders.check()
+    assert torch.overrides._len_torch_function_stack() == 0
 
 
 class _Struck(BaseException):

@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _len_torch_function_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from .mass import Observer, prefix_probabilities
 from .prefix import Prefix
@@ -160,6 +166,7 @@ class InlineAttention(TorchFunctionMode):
             query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the scores.
         num_softmaxes (`int`): How many softmaxes were taken.
         lost_at (`list[str]`): The operations at which scores could not be followed further.
+        is_over (`bool`): Whether the forward has ended. From then on nothing is followed.
     """
 
     def __init__(self, module: nn.Module, source: PrefixSource | None = None, observe: Observer | None = None) -> None:
@@ -170,6 +177,7 @@ class InlineAttention(TorchFunctionMode):
         self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]] = []
         self.num_softmaxes = 0
         self.lost_at: list[str] = []
+        self.is_over = False
         # by id, with the tensors themselves: an id must not be given to another tensor meanwhile
         self._followed: dict[int, tuple[torch.Tensor, Scores | Probabilities]] = {}
         self._factors: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -187,6 +195,8 @@ class InlineAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.is_over:
+            return func(*args, **kwargs)
         name = operation_name(func)
         if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
@@ -447,21 +457,22 @@ def run_under(mode: InlineAttention, forward: Callable[..., Any], args: Any, kwa
     if torch.compiler.is_compiling():
         with mode:
             return forward(mode.module, *args, **kwargs)
+    _drop_modes_that_are_over()
     depth = _len_torch_function_stack()
     try:
-        try:
-            # not `with mode`: its functions are ones of Python, which an interrupt may end half-way
-            _push_mode(mode)
-            return forward(mode.module, *args, **kwargs)
-        finally:
-            _pop_modes(depth)
+        _push_mode(mode)
+        return forward(mode.module, *args, **kwargs)
     finally:
-        _pop_modes(depth)  # again, as an interrupt may have come into the first
+        # First, and without a call, at which an interrupt could come. Where one has cut a context of torch's own off, which
+        # takes a mode from the stack for a while, that context puts it back when its memory is freed.
+        mode.is_over = True
+        while _len_torch_function_stack() > depth:
+            _pop_mode()
 
 
-def _pop_modes(depth: int) -> None:
-    """Take modes off the stack of this thread's until it is no higher than it was."""
-    while _len_torch_function_stack() > depth:
+def _drop_modes_that_are_over() -> None:
+    """Take from this thread's stack what interrupts have left there."""
+    while isinstance(mode := _get_current_function_mode(), InlineAttention) and mode.is_over:
         _pop_mode()
 
 
