@@ -24,6 +24,9 @@ demo: install ## teach a small model, or MODEL=a directory or a name on the Hub,
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
 
+test-soak: install ## run the long versions of tests: threads, interrupts
+	$(BIN)/pytest -n auto -m soak
+
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import Observer, observed_attention
-from .geometry import attending, evaluating
+from .attention import attend_inline, observed_attention, watching
+from .geometry import calls_attention_interface, evaluating
 from .layer import PrefixPlusLayer
 from .model import base_of, prefix_layers
 
@@ -85,10 +84,15 @@ def prefix_attention_mass(model: nn.Module, adapter_name: str | None = None, **i
             )
     real_queries = RealQueries(base, inputs)
     measures = {name: _Measure(name, layer, adapter_name, real_queries) for name, layer in layers.items()}
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for name, layer in layers.items():
-            stack.enter_context(_observing(layer, measures[name].observe))
+    interface: dict[nn.Module, Callable[..., Any]] = {}
+    inline: dict[nn.Module, Callable[..., Any]] = {}
+    for name, layer in layers.items():
+        observe = measures[name].observe
+        if calls_attention_interface(layer.attention):
+            interface[layer.attention] = partial(observed_attention, observe)
+        else:
+            inline[layer.attention] = partial(attend_inline, observe=observe)
+    with evaluating(model), watching(interface, inline):
         model(**inputs)
     return {name: measure.mean() for name, measure in measures.items() if measure.was_reached}
 
@@ -97,20 +101,6 @@ def _active(layer: PrefixPlusLayer, adapter_name: str | None) -> list[str]:
     """The adapters that take part in a layer's forward, in order; only the named one, if one is named."""
     active = [name for name in dict.fromkeys(layer.active_adapters) if name in layer.prefix_plus_encoder]
     return [name for name in active if adapter_name in (None, name)]
-
-
-@contextmanager
-def _observing(layer: PrefixPlusLayer, observe: Observer) -> Iterator[None]:
-    """Let an observer be told of what falls on a layer's prefix."""
-    if layer.inline_hooks is None:
-        with attending(layer.attention, partial(observed_attention, observe)):
-            yield
-        return
-    layer.inline_hooks.observe = observe
-    try:
-        yield
-    finally:
-        layer.inline_hooks.observe = None
 
 
 class _Measure:

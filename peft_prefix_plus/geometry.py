@@ -14,21 +14,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import (
+    POSITIONS,
+    THREAD,
     AttentionOutput,
     ConfigView,
     InlineAttention,
-    InlineHooks,
     PositionEmbeddings,
     QueryRotation,
     attend_as_base,
     eager_attention_function,
     find_rotation,
+    follow,
     has_known_form,
     may_compute_attention,
     model_config,
     position_embeddings_of,
     reads_implementation,
+    run_under,
     set_config,
+    unfollow,
+    watching,
 )
 from .encoders import KVShape
 from .registration import METHOD_NAME
@@ -99,29 +104,17 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_attention_module(module)}
 
 
-class _ProbeView(ConfigView):
-    """The view of a config under which a module calls an attention function of ours, other than the usual one."""
-
-    def __init__(self, config: Any, attend: Callable[..., AttentionOutput], is_compared: bool) -> None:
-        super().__init__(config, PROBE_NAME, is_compared)
-        vars(self)["attend"] = attend
-
-
 def probe_attention(module: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
-    """The attention function that is registered for the views of [`attending`]: call the view's own."""
-    attend: Callable[..., AttentionOutput] = module.config.attend
+    """The attention function that is registered for modules without a prefix that a thread watches."""
+    attend = (THREAD.interface or {}).get(module, _attend_as_ever)  # other threads run the module as ever meanwhile
     return attend(module, *args, **kwargs)
 
 
-@contextmanager
-def attending(module: nn.Module, attend: Callable[..., AttentionOutput]) -> Iterator[None]:
-    """Let a module that calls the attention interface call `attend`, and leave it as it was afterwards."""
-    config = module.config
-    set_config(module, _ProbeView(model_config(module), attend, reads_implementation(type(module))))
-    try:
-        yield
-    finally:
-        set_config(module, config)
+def _attend_as_ever(module: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
+    implementation = model_config(module)._attn_implementation
+    eager = eager_attention_function(type(module))
+    kwargs.pop(POSITIONS, None)
+    return attend_as_base(module, *args, implementation=implementation, eager=eager, **kwargs)
 
 
 @contextmanager
@@ -129,53 +122,73 @@ def recording(
     modules: dict[str, nn.Module], record: Callable[..., None], reject: Callable[[str, str], None] = lambda *_: None
 ) -> Iterator[None]:
     """
-    Call `record(name, query, key, value, scale)` whenever one of the modules computes attention, and `reject(name, reason)`
-    when one that does not call the attention interface has computed something else.
+    Call `record(name, query, key, value, scale)` whenever one of the modules computes attention in this thread, and
+    `reject(name, reason)` when one that does not call the attention interface has computed something else.
 
     Prefixes that the modules carry have no effect meanwhile, and everything is as before afterwards.
     """
+    interface: dict[nn.Module, Callable[..., Any]] = {}
+    inline: dict[nn.Module, Callable[..., Any]] = {}
     with ExitStack() as stack:
         for name, module in modules.items():
-            observe = _observing_interface if calls_attention_interface(module) else _observing_inline
-            stack.enter_context(observe(module, partial(record, name), partial(reject, name)))
+            if calls_attention_interface(module):
+                interface[module] = partial(_record_interface, partial(record, name))
+            else:
+                inline[module] = partial(_record_inline, partial(record, name), partial(reject, name))
+            if METHOD_NAME not in module._modules:
+                stack.enter_context(_reaching(module))
+        stack.enter_context(watching(interface, inline))
         yield
 
 
 @contextmanager
-def _observing_interface(
-    module: nn.Module, record: Callable[..., None], reject: Callable[..., None]
-) -> Iterator[None]:
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> AttentionOutput:
-        scaling = kwargs.get("scaling")
-        record(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        implementation = model_config(module)._attn_implementation
-        eager = eager_attention_function(type(module))
-        return attend_as_base(module, query, key, value, *args, implementation=implementation, eager=eager, **kwargs)
-
-    with attending(module, attend):
-        yield
-
-
-@contextmanager
-def _observing_inline(module: nn.Module, record: Callable[..., None], reject: Callable[..., None]) -> Iterator[None]:
-    def finish(mode: InlineAttention) -> None:
-        if mode.is_complete():
-            record(*mode.attended[0])
-        else:
-            reject(mode.obstacle())
-
-    layer: Any = getattr(module, METHOD_NAME, None)
-    if layer is not None:
-        layer.inline_hooks.is_suspended = True
-    hooks = InlineHooks(module, None, lambda: True, finish)
+def _reaching(module: Any) -> Iterator[None]:
+    """Let a module without a prefix come to its watchers, and leave it as it was afterwards."""
+    is_interface = calls_attention_interface(module)
+    config = module.config if is_interface else None
     try:
+        if is_interface:
+            set_config(module, ConfigView(config, PROBE_NAME, reads_implementation(type(module))))
+        else:
+            follow(module)
         yield
     finally:
-        hooks.remove()
-        if layer is not None:
-            layer.inline_hooks.is_suspended = False
+        if is_interface:
+            set_config(module, config)
+        else:
+            unfollow(module)
+
+
+def _record_interface(
+    record: Callable[..., None],
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> AttentionOutput:
+    scaling = kwargs.get("scaling")
+    record(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # what a record has autograd follow ends here: not every kernel has a backward
+    return _attend_as_ever(module, query.detach(), key.detach(), value.detach(), *args, **kwargs)
+
+
+def _record_inline(
+    record: Callable[..., None],
+    reject: Callable[..., None],
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    mode = InlineAttention(module)
+    output = run_under(mode, forward, args, kwargs)
+    if mode.is_complete():
+        record(*mode.attended[0])
+    else:
+        reject(mode.obstacle())
+    return output
 
 
 @contextmanager
@@ -219,6 +232,9 @@ def gathering(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for module, unreleased in contexts.items():  # an interrupted forward has called no hook
+            while unreleased:
+                release(module, None, None)
 
 
 def probe(
@@ -344,7 +360,9 @@ class _Rotations:
                 self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before a module's forward: have autograd follow its position embeddings."""
+        """Before a module's forward in the probe: have autograd follow its position embeddings."""
+        if module not in (THREAD.interface or {}):
+            return None  # another thread's
         embeddings = position_embeddings_of(module, args, kwargs)
         if embeddings is None:
             return None

@@ -12,30 +12,30 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import (
+    POSITIONS,
     ConfigView,
-    InlineHooks,
     PositionEmbeddings,
     Prefix,
     QueryRotation,
     concatenated,
     eager_attention_function,
+    follow,
     model_config,
     position_embeddings_of,
     reads_implementation,
-    require_complete,
     set_config,
+    unfollow,
 )
 from .encoders import PrefixEncoder, Scaling, make_encoder
 from .geometry import AttentionGeometry, calls_attention_interface, execution_device
-from .memo import Memo, Source
+from .memo import Source
 from .registration import METHOD_NAME
+from .running import RUNNING
 from .scaling import scale_and_start
 from .shared import PrefixPlusModule
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from .config import PrefixPlusConfig
 
 
@@ -93,18 +93,12 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         self.is_position_free: dict[str, bool] = {}
         is_interface = calls_attention_interface(attention)
         self.eager_attention = eager_attention_function(type(attention)) if is_interface else None
-        # Set by `attach` where the attention module does not call the attention interface.
-        self.inline_hooks: InlineHooks | None = None
-        # How the module rotates its queries, and by what in the forward that runs: kept while an adapter is position-free.
+        # How the module rotates its queries: kept while an adapter is position-free.
         self.rotation: QueryRotation | None = None
-        self.position_embeddings: PositionEmbeddings | None = None
         self._position_hook: RemovableHandle | None = None
         self._attention = (attention,)  # in a tuple: the attention module must not become a child of its child
         self._adapters = adapters
         self._active_adapter = []
-        self._produced: Memo[ActivePrefixes] = Memo()
-        # Set while the rows of a batch have adapters of their own: a name for each row of the model's input.
-        self.row_adapters: list[str] | None = None
 
     @property
     def attention(self) -> nn.Module:
@@ -152,47 +146,65 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             is_position_free (`bool`): Whether they do.
             rotation (`QueryRotation`, *optional*): How the attention module rotates its queries, if it does.
         """
-        self._produced.clear()
         self.is_position_free[adapter_name] = is_position_free
-        self._watch_positions(rotation)
+        self._pass_positions(rotation)
 
-    def stop_watching_positions(self) -> None:
+    def stop_passing_positions(self) -> None:
         """Leave the attention module's forward as it was."""
         if self._position_hook is not None:
             self._position_hook.remove()
         self._position_hook = self.rotation = None
 
-    def _watch_positions(self, rotation: QueryRotation | None) -> None:
-        """Remember the position embeddings of each forward, if an adapter needs them."""
-        self.stop_watching_positions()
+    def _pass_positions(self, rotation: QueryRotation | None) -> None:
+        """Let the position embeddings of each forward reach the attention function, if an adapter needs them."""
+        self.stop_passing_positions()
         if rotation is not None and any(self.is_position_free.values()):
             self.rotation = rotation
-            self._position_hook = self.attention.register_forward_pre_hook(_remember_positions, with_kwargs=True)
+            self._position_hook = self.attention.register_forward_pre_hook(_pass_positions, with_kwargs=True)
 
     def reads_unrotated(self, adapter_name: str) -> bool:
         """Whether an adapter's prefix meets other queries than those that enter attention."""
         return self.is_position_free[adapter_name] and self.rotation is not None
 
-    def queries(self, query: torch.Tensor, reads: str) -> torch.Tensor:
+    def queries(self, query: torch.Tensor, reads: str, positions: PositionEmbeddings | None) -> torch.Tensor:
         """
         Return the queries that a prefix reads.
 
         Args:
             query (`torch.Tensor`): The queries as they enter attention, (batch, query_heads, tokens, key_dim).
             reads (`str`): See [`Prefix`].
+            positions (`PositionEmbeddings`, *optional*): What they were rotated by.
 
         Returns:
             `torch.Tensor`: Of the same shape, or twice as wide for `"both"`.
         """
         if reads == "rotated":
             return query
-        if self.rotation is None or self.position_embeddings is None:
+        if self.rotation is None or positions is None:
             raise RuntimeError(
                 f"{type(self.attention).__name__} was called without its `position_embeddings`, which its position-free "
                 "prefix needs. Call it as its model does."
             )
-        unrotated = self.rotation.undo(query, self.position_embeddings)
+        unrotated = self.rotation.undo_by(query, *self._rotation_factors(query, positions))
         return torch.cat([query, unrotated], dim=-1) if reads == "both" else unrotated
+
+    def _rotation_factors(
+        self, query: torch.Tensor, positions: PositionEmbeddings
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What undoes the rotation of queries: while `generate` runs, made once for all layers that get the same positions."""
+        assert self.rotation is not None
+        memo = None if torch.compiler.is_compiling() else RUNNING.memo
+        if memo is None:
+            return self.rotation.factors(query, positions)
+        carrier = positions if isinstance(positions, torch.Tensor) else positions[0]
+        version = 0 if carrier.is_inference() else carrier._version
+        context = (id(carrier), version, query.shape[2], query.dtype, query.device)
+        rotation = id(self.rotation)  # one for all layers, and quicker to look up than by its fields
+        kept = memo.recall(rotation, context)
+        if kept is None:
+            kept = self.rotation.factors(query, positions), carrier  # which keeps its id from being given to another
+            memo.keep(rotation, context, (), kept)
+        return kept[0]
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
         """Return what produces an adapter's prefix here."""
@@ -201,7 +213,6 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
         """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
-        self._produced.clear()
         self.encoder(adapter_name).scaling.set(1.0, 1.0)
         encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
@@ -224,7 +235,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         """
-        Return the prefixes of the active adapters. In inference they are produced once, until a parameter changes.
+        Return the prefixes of the active adapters. While `generate` runs they are produced once, until a parameter changes.
 
         Args:
             key (`torch.Tensor`): The real keys, (batch, kv_heads, kv_tokens, key_dim): their dtype and device count.
@@ -235,16 +246,17 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         """
         if self._disable_adapters:
             return None, ()
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._produced.clear()
+        memo = RUNNING.memo
+        if memo is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._produce(self._adapters_in_use(), key, value)
-        # the active adapters are no part of it: setting them clears what was produced
-        rows = None if self.row_adapters is None else (key.shape[0], *self.row_adapters)
-        context = (rows, key.dtype, value.dtype, key.is_cpu, key.get_device())
-        produced = self._produced.recall(context)
+        # the number of rows counts only where the rows have adapters of their own, but it seldom changes
+        in_use = self._rows() or self._active_adapter
+        context = (in_use, key.shape[0], key.dtype, value.dtype, key.is_cpu, key.get_device())
+        produced = memo.recall(self, context)
         if produced is None:
             names = self._adapters_in_use()
-            produced = self._produced.keep(context, self._sources(names), self._produce(names, key, value))
+            produced = self._produce(names, key, value)
+            memo.keep(self, context, self._sources(names), produced)
         return produced
 
     def has_prefix(self) -> bool:
@@ -261,25 +273,29 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         active = self._active_adapter
         try:
             self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
-            self._produced.clear()
             yield
         finally:
             self._active_adapter = active
-            self._produced.clear()
 
     def _adapters_in_use(self) -> list[str]:
         """The names that count for the next forward: the rows' own, or else the active ones."""
-        return self.active_adapters if self.row_adapters is None else self.row_adapters
+        rows = self._rows()
+        return self.active_adapters if rows is None else rows
+
+    def _rows(self) -> list[str] | None:
+        """A name for each row of the model's input, while the rows of a batch have adapters of their own."""
+        rows = RUNNING.rows
+        return None if rows is None else rows.get(self)
 
     def _present(self, adapter_names: list[str]) -> list[str]:
         """Those of the adapters that this layer has, each once."""
         return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
 
     def _sources(self, adapter_names: list[str]) -> Iterator[Source]:
-        """The parameters and buffers that the adapters' prefixes here depend on, shared ones included."""
+        """The parameters that the adapters' prefixes here depend on, shared ones included, and the encoders."""
         for adapter_name in self._present(adapter_names):
-            encoder = self.encoder(adapter_name)
-            for part in encoder.parts():
+            yield self.prefix_plus_encoder._modules, adapter_name
+            for part in self.encoder(adapter_name).parts():
                 yield from ((part._parameters, name) for name, _ in part.named_parameters(recurse=False))
             yield self.prefix_plus_scaling[adapter_name]._parameters, "factors"
             if adapter_name in self.prefix_plus_gate:
@@ -297,35 +313,25 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         if self.training and self.dropout[adapter_name] > 0.0:
             key = nn.functional.dropout(key, self.dropout[adapter_name])
             value = nn.functional.dropout(value, self.dropout[adapter_name])
-        mask = None
-        if self.row_adapters is not None:
-            if batch % len(self.row_adapters):
+        mask, row_adapters = None, self._rows()
+        if row_adapters is not None:
+            if batch % len(row_adapters):
                 raise ValueError(
-                    f"`adapter_names` has {len(self.row_adapters)} names, but the batch has {batch} rows: it must have "
+                    f"`adapter_names` has {len(row_adapters)} names, but the batch has {batch} rows: it must have "
                     "one name for each row of the input."
                 )
             # generation repeats each row of the input for its beams and returned sequences
-            rows = [name == adapter_name for name in self.row_adapters for _ in range(batch // len(self.row_adapters))]
-            mask = torch.tensor(rows, device=key.device)[:, None].expand(-1, key.shape[1])
+            rows = [name == adapter_name for name in row_adapters for _ in range(batch // len(row_adapters))]
+            mask = torch.tensor(rows, dtype=torch.bool, device=key.device)[:, None].expand(-1, key.shape[1])
         reads = "unrotated" if self.reads_unrotated(adapter_name) else "rotated"
         return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name], reads)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters, as in PEFT."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._produced.clear()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._produced.clear()  # the parameters move
-        return super()._apply(fn, recurse)
-
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of this layer, whether or not it is active."""
-        self._produced.clear()
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]
-        self._watch_positions(self.rotation)
+        self._pass_positions(self.rotation)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
@@ -364,16 +370,18 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         if adapter_name in self.prefix_plus_gate:
             self.prefix_plus_gate[adapter_name] = self.prefix_plus_gate[adapter_name].to(**destination)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "position_embeddings": None}  # of a forward that a copy has not run
-
     def __repr__(self) -> str:
         return f"{METHOD_NAME}.{super().__repr__()}"
 
 
-def _remember_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the forward of an attention module."""
-    module._modules[METHOD_NAME].position_embeddings = position_embeddings_of(module, args, kwargs)
+def _pass_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """
+    Before the forward of an attention module: name the position embeddings a second time, among the arguments that it
+    hands on to its attention function.
+    """
+    return args, {**kwargs, POSITIONS: position_embeddings_of(module, args, kwargs)}
 
 
 def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
@@ -385,16 +393,16 @@ def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
         if calls_attention_interface(attention):
             set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
         else:
-            layer.inline_hooks = InlineHooks(attention, layer, layer.has_prefix, require_complete)
+            follow(attention)
     return layer
 
 
 def detach(attention: nn.Module) -> None:
     """Leave the attention module as it was before [`attach`]."""
     layer: Any = getattr(attention, METHOD_NAME)
-    layer.stop_watching_positions()
-    if layer.inline_hooks is None:
+    layer.stop_passing_positions()
+    if calls_attention_interface(attention):
         set_config(attention, model_config(attention))
     else:
-        layer.inline_hooks.remove()
+        unfollow(attention)
     delattr(attention, METHOD_NAME)

@@ -2,75 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 
-T = TypeVar("T")
-
 Source = tuple[Mapping[str, Any], str]
-"""A parameter, as the dictionary that holds it and its name there."""
+"""A parameter, or the module that has it, as the dictionary that holds it and its name there."""
 
 
 def _may_be_sharded() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-class Memo(Generic[T]):
+class Memo:
     """
-    The last value produced from some parameters, for inference.
+    The last value that each of several producers made from its parameters, for one call of `generate`.
 
-    A change of a parameter is seen by its version counter, its storage and its identity. The counter does not see a write
-    through `parameter.data` or `parameter.detach()`; a forward in training clears the memo, so only such a write between two
-    inferences needs a call of [`Memo.clear`].
+    A change of a parameter is seen by its version counter, its storage and its identity. A write through `parameter.data`
+    changes none of them. Callers therefore drop the memo when `generate` returns: it is between such calls, and not inside of
+    one, that parameters are written so.
 
-    A copy of a memo, by `copy` or `pickle`, is empty. Nothing is kept in a process of `torch.distributed`: what shards a
-    model puts other numbers into the same tensor, and hides that from the counter.
+    Nothing is kept in a process of `torch.distributed`: what shards a model puts other numbers into the same tensor, and
+    hides that from the counter.
     """
 
     def __init__(self) -> None:
-        self._context: Any = None
-        self._seen: list[tuple[Mapping[str, Any], str, torch.Tensor, int, int]] = []
-        self._value: T | None = None
+        self._kept: dict[Hashable, tuple[Any, list[tuple[Mapping[str, Any], str, Any, int | None, int]], Any]] = {}
 
-    def clear(self) -> None:
-        """Forget the value."""
-        self._context = self._value = None
-        self._seen = []
-
-    def recall(self, context: Any) -> T | None:
+    def recall(self, producer: Hashable, context: Any) -> Any:
         """
-        Return the kept value if the context and the parameters are as they were then, and else `None`.
+        Return the value kept of a producer if the context and the parameters are as they were then, and else `None`.
 
         Args:
-            context: What else the value depends on, the list of its parameters included; compared by `==`.
+            producer (`Hashable`): Who produced it.
+            context: What else the value depends on; compared by `==`.
         """
         # this runs for every token and layer, hence plain comparisons in one loop
-        if self._value is None or context != self._context:
+        kept = self._kept.get(producer)
+        if kept is None or kept[0] != context:
             return None
-        for holder, name, tensor, version, address in self._seen:
-            if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+        for holder, name, source, version, address in kept[1]:
+            if version is not None and (source._version != version or source.data_ptr() != address):
                 return None
-        return self._value
+            if holder.get(name) is not source:
+                return None
+        return kept[2]
 
-    def keep(self, context: Any, sources: Iterable[Source], value: T) -> T:
+    def keep(self, producer: Hashable, context: Any, sources: Iterable[Source], value: Any) -> None:
         """
-        Keep a value for [`Memo.recall`], and return it.
+        Keep a value for [`Memo.recall`], if changes of its parameters can be seen.
 
         Args:
+            producer (`Hashable`): Who produced it.
             context: As for [`Memo.recall`].
-            sources: The parameters that the value depends on, as the dictionaries that hold them and their names there.
-            value: The value.
+            sources: The parameters that the value depends on, and the modules that have them.
+            value: The value, not `None`.
         """
-        tensors = [(holder, name, holder[name]) for holder, name in sources]
-        if _may_be_sharded() or any(tensor.is_inference() for _, _, tensor in tensors):
-            self.clear()  # tensors made in inference mode have no version
-        else:
-            self._seen = [(*source, source[2]._version, source[2].data_ptr()) for source in tensors]
-            self._context, self._value = context, value
-        return value
-
-    def __reduce__(self) -> tuple[type[Memo[T]], tuple[()]]:
-        return type(self), ()
+        seen: list[tuple[Mapping[str, Any], str, Any, int | None, int]] = []
+        for holder, name in sources:
+            source = holder[name]
+            if not isinstance(source, torch.Tensor):
+                seen.append((holder, name, source, None, 0))
+            elif source.is_inference():
+                return  # made in inference mode, it has no version
+            else:
+                seen.append((holder, name, source, source._version, source.data_ptr()))
+        if not _may_be_sharded():
+            self._kept[producer] = context, seen, value

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -25,6 +26,7 @@ from .layer import PrefixPlusLayer, attach, detach
 from .others import keeping_others_modules, leave_modules_to_others, require_free_name
 from .quiet import start_quietly
 from .registration import METHOD_NAME, PREFIX_PLUS
+from .running import RUNNING, keeping_prefixes, naming_rows
 from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
 from .snapshot import Snapshot
 from .targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
@@ -275,11 +277,29 @@ class PrefixPlusModel(BaseTuner):
             )
         _remove_adapter(self.model, adapter_name)
         with keeping_others_modules(self.model, [adapter_name, *self._adapter_names()]):
-            _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    # PEFT refuses several adapters here, of which a module has one at most
+                    own = [name for name in active if name in module._adapters]
+                    module.delete_adapter(adapter_name, new_active_adapters=own)
         if was_active and active:
             self.set_adapter(active)
         elif was_active:
             self.active_adapter = []
+        self._name_another_active(adapter_name)
+
+    def _name_another_active(self, deleted: str) -> None:
+        """
+        Let the `PeftModel` around this tuner name another active adapter than a deleted one.
+
+        It keeps one name and looks its configuration up in each call. PEFT gives it a new one only where exactly one adapter
+        is active afterwards, and it does not make itself known to the tuner.
+        """
+        names = [*self.active_adapters, *self._adapter_names(), *self.peft_config]
+        for each in gc.get_objects():
+            is_around = issubclass(type(each), PeftModel) and vars(each).get("_modules", {}).get("base_model") is self
+            if is_around and each.active_adapter == deleted and names:
+                each.active_adapter = names[0]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -301,21 +321,33 @@ class PrefixPlusModel(BaseTuner):
                 f"`adapter_names` has {unknown[0]!r}; the adapters are {sorted(self._adapter_names())}, and "
                 f"{BASE_MODEL_NAME!r} stands for none."
             )
-        layers = [layer for _, layer in self.prefix_layers()]
-        hooks = [
-            module.register_forward_pre_hook(partial(_name_rows, list(adapter_names)), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            for layer in layers:
-                layer.row_adapters = list(adapter_names)
+        rows: dict[nn.Module, list[str]] = {layer: list(adapter_names) for _, layer in self.prefix_layers()}
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                rows[module] = [name if name in module._adapters else BASE_MODEL_NAME for name in adapter_names]
+                _pass_rows(module)
+        with naming_rows(rows):
             yield
-        finally:
-            for layer in layers:
-                layer.row_adapters = None
-            for hook in hooks:
-                hook.remove()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base model does. Each layer's prefix is produced once for it."""
+        with keeping_prefixes():
+            return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """
+        Generate by continuous batching, as the base model does, with the active adapters.
+
+        Raises:
+            ValueError: If `adapter_names` is given.
+        """
+        if adapter_names is not None:
+            raise ValueError(
+                f"`generate_batch` got `adapter_names` = {list(adapter_names)!r}, but continuous batching packs the inputs into "
+                "rows of its own: all of them get the active adapters. Call it once per adapter, with that adapter active, or "
+                "use `generate`, which takes `adapter_names`."
+            )
+        return self.model.generate_batch(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         """
@@ -327,6 +359,7 @@ class PrefixPlusModel(BaseTuner):
         for _, layer in list(self.prefix_layers()):
             detach(layer.attention)
         remove_shared_parts(self.model)
+        _stop_passing_rows(self.model)
         if len(self._adapter_names()) < len(self.peft_config):
             leave_modules_to_others(self.model, self._adapter_names(), self.peft_config)
             for name in self._adapter_names():
@@ -398,12 +431,33 @@ class PrefixPlusModel(BaseTuner):
         }
 
 
+_PASSING_ROWS = threading.Lock()
+
+
+def _pass_rows(module: nn.Module) -> None:
+    """Let a module that PEFT saves a copy of per adapter know which row of a batch has which adapter."""
+    with _PASSING_ROWS:
+        if _name_rows not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_name_rows, with_kwargs=True)
+
+
 def _name_rows(
-    adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the forward of a module that PEFT saves a copy of per adapter: say which row has which."""
+    adapter_names = (RUNNING.rows or {}).get(module)
+    if adapter_names is None or kwargs is None:  # other threads may find the hook before it is known to take kwargs
+        return None
     repeats = len(args[0]) // len(adapter_names) if args else 1
     return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
+
+
+def _stop_passing_rows(model: nn.Module) -> None:
+    """Undo [`_pass_rows`] in all modules of a model."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _name_rows:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:

@@ -14,6 +14,10 @@ from .registration import METHOD_NAME
 class PrefixPlusModule(BaseTunerLayer):
     """What holds parameters of adapters: the attention modules' [`PrefixPlusLayer`] and the model's [`SharedParts`]."""
 
+    cast_input_dtype_enabled = (
+        True  # PEFT's `disable_input_dtype_casting` reads and sets it; a prefix has no input to cast
+    )
+
 
 class SharedParts(nn.Module, PrefixPlusModule):
     """

@@ -182,6 +182,33 @@ def test_of_several_active_adapters_the_others_stay_active():
     assert torch.equal(output_of(model, **INPUTS), single("third"))
 
 
+@pytest.mark.parametrize("active", [["a", "b", "c"], ["b", "c"], []], ids=str)
+def test_a_model_works_after_one_of_several_adapters_is_deleted(active, tmp_path):
+    model = get_peft_model(tiny_model(), prefix_config(task_type="CAUSAL_LM"), adapter_name="a").eval()
+    model.add_adapter("b", prefix_config(task_type="CAUSAL_LM"))
+    model.add_adapter("c", prefix_config(task_type="CAUSAL_LM", num_virtual_tokens=4, modules_to_save=["lm_head"]))
+    model.base_model.set_adapter([name for name in active if name != "a"])
+    expected = output_of(model, input_ids=token_ids())
+    model.base_model.set_adapter(active)
+    model.delete_adapter("a")
+    assert model.active_adapters == [name for name in active if name != "a"]
+    assert model.active_adapter == "b"
+    assert torch.equal(output_of(model, input_ids=token_ids()), expected)
+    model.generate(input_ids=token_ids(), max_new_tokens=2, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        output_of(model, input_ids=token_ids())
+
+
+def test_peft_can_switch_off_the_casting_of_inputs():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = prefixed(tiny_model())
+    expected = output_of(model, input_ids=token_ids())
+    with disable_input_dtype_casting(model):
+        assert torch.equal(output_of(model, input_ids=token_ids()), expected)
+
+
 def test_deleting_the_only_adapter_leaves_the_base_model():
     base = tiny_model()
     before = state_of(base)

@@ -400,6 +400,20 @@ def test_flash_attention_gets_the_prefix_before_its_keys(flash, tokens, masked, 
     assert type(module.config) is ConfigView
 
 
+def test_flash_attentions_config_is_no_state_of_the_module(flash, monkeypatch):
+    """While a kernel runs, another thread may call the same module."""
+    from transformers.integrations import flash_attention
+
+    query, key, value, made = tensors()
+    module = Attention("flash_attention_2", made)
+    view, kernel, seen = module.config, flash_attention._flash_attention_forward, []
+    monkeypatch.setattr(
+        flash_attention, "_flash_attention_forward", lambda *a, **kw: seen.append(module.config) or kernel(*a, **kw)
+    )
+    module.attend(query, key, value, None, scaling=0.3)
+    assert len(seen) == 1 and seen[0] is view
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 9])
 @pytest.mark.parametrize("size", [3, 9, 14])
 @pytest.mark.parametrize("masked", [False, True])

@@ -53,7 +53,7 @@ def test_generating_produces_each_layers_prefix_once(productions, sharing):
     model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=10, do_sample=False)
     assert len(productions) == len(set(productions)) == 3
     logits(model)
-    assert len(productions) == 3
+    assert len(productions) == 6  # what `generate` has produced is gone with it
 
 
 def change_in_place(model):
@@ -96,8 +96,22 @@ def change_storage(model):
             parameter.data = parameter.data + 0.5
 
 
+def change_through_data(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2.0)
+
+
+def change_through_numpy(model):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.detach().numpy()[:] += 0.5
+
+
 CHANGES = [
     change_in_place,
+    change_through_data,
+    change_through_numpy,
     change_by_an_optimizer,
     change_through_data_after_training,
     change_by_loading,
@@ -116,6 +130,43 @@ def test_a_changed_parameter_is_seen_at_once(change, sharing):
     after = logits(model)
     assert not torch.equal(after, before)
     assert torch.equal(logits(copy.deepcopy(model)), after)  # a copy remembers nothing
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_parameter_is_seen_by_the_next_generation(change):
+    model = adapted()
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+
+    def scores():
+        return torch.stack(model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options).logits)
+
+    before = scores()
+    assert torch.equal(scores(), before)
+    change(model)
+    assert not torch.equal(scores()[0], before[0])
+    torch.testing.assert_close(scores()[0], logits(model)[:, -1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_by_loading, change_by_replacing, change_storage])
+def test_a_parameter_that_changes_while_a_text_is_generated_is_seen_at_once(change):
+    model = adapted()
+    other = copy.deepcopy(model)
+    change(other)
+
+    def change_at_the_second_token(ids, scores):
+        if ids.shape[1] == IDS.shape[1] + 1:
+            change(model)
+        return scores
+
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+    found = model.generate(input_ids=IDS, logits_processor=[change_at_the_second_token], **options)
+    with torch.no_grad():
+        cache = adapted()(IDS, use_cache=True).past_key_values
+        for position in (0, 1):
+            tokens = found.sequences[:, IDS.shape[1] + position, None]
+            stepper = adapted() if position == 0 else other
+            expected = stepper(tokens, past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(found.logits[1 + position], expected, rtol=0, atol=1e-5)
 
 
 def test_a_switched_adapter_is_seen_at_once():

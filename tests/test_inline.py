@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -315,3 +316,76 @@ def test_block_sparse_attention_is_refused_before_anything_is_changed():
     with pytest.raises(ValueError, match="attention_type='original_full'"):
         get_peft_model(model, prefix_config(task_type="SEQ_CLS"))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("form", [{}, {"gating": True}, {"decoupled": True}], ids=str)
+def test_a_batch_without_rows_gives_no_rows(form):
+    model = get_peft_model(build("gptj"), prefix_config(**form)).eval()
+    assert output_of(model, token_ids()[:0]).shape == (0, TOKENS, VOCABULARY)
+
+
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_accelerates_hooks_and_prefixes_come_and_go_in_any_order(hooked):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    def hook(model):
+        for module in model.modules():
+            if type(module).__name__ == "GPTJAttention":
+                add_hook_to_module(module, ModelHook())
+
+    def unhook(model):
+        for module in model.modules():
+            remove_hook_from_module(module)
+
+    plain, ids = build("gptj"), token_ids()
+    expected = output_of(plain, ids)
+    for unhooked in ("before", "after"):
+        model = build("gptj")
+        classes = [type(module) for module in model.modules()]
+        if hooked == "before":
+            hook(model)
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, prefix_config()).eval()
+        copied = copy.deepcopy(adapted)
+        if hooked == "after":
+            hook(adapted)
+        prefixed_output = output_of(adapted, ids)
+        assert not torch.allclose(prefixed_output, expected)
+        assert torch.equal(output_of(copied, ids), prefixed_output)
+        if unhooked == "before":
+            unhook(model)
+            assert torch.equal(output_of(adapted, ids), prefixed_output)
+        assert torch.equal(output_of(adapted.unload(), ids), expected)
+        unhook(model)
+        assert torch.equal(output_of(model, ids), expected)
+        assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_replica_of_data_parallel_runs_its_own_modules():
+    model = get_peft_model(build("gptj"), prefix_config()).eval()
+    attention = model.get_base_model().transformer.h[0].attn
+    replica = attention._replicate_for_data_parallel()
+    replica._modules = {name: copy.deepcopy(module) for name, module in attention._modules.items()}
+    with torch.no_grad():
+        replica.out_proj.weight.zero_()
+        hidden = torch.randn(1, TOKENS, WIDTH)
+        positions = torch.arange(TOKENS)[None]
+        assert replica(hidden, position_ids=positions)[0].abs().max() == 0
+        assert attention(hidden, position_ids=positions)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_follows_its_own_modules(copied):
+    model = get_peft_model(build("gptj"), prefix_config()).eval()
+    expected = output_of(model, token_ids())
+    other = copied(model)
+    assert torch.equal(output_of(other, token_ids()), expected)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(output_of(model, token_ids()), expected)
+    assert [type(module) for module in other.unload().modules()] == [
+        type(module) for module in build("gptj").modules()
+    ]

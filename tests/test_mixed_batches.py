@@ -130,6 +130,45 @@ def test_saved_modules_follow_the_rows():
             torch.testing.assert_close(mixed[row], alone(model, name, lambda part=part: model(**part).logits)[0])
 
 
+def test_a_row_whose_adapter_saves_no_module_has_the_base_models():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+    config = dict(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights=False)
+    model = get_peft_model(model, PrefixPlusConfig(**config, modules_to_save=["lm_head"]), adapter_name="saving")
+    model.add_adapter("plain", PrefixPlusConfig(**config))
+    model.eval()
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["saving"].weight.add_(1.0)
+        batch = {key: tensor[:3] for key, tensor in inputs("decoder").items()}
+        rows = ["saving", "plain", "__base__"]
+        mixed = model(**batch, adapter_names=rows).logits
+        for row, name in enumerate(rows):
+            part = {key: tensor[row : row + 1] for key, tensor in batch.items()}
+            expected = alone(model, name, lambda part=part: model(**part).logits)[0]
+            real = batch["attention_mask"][row].bool()
+            torch.testing.assert_close(mixed[row][real], expected[real], rtol=0, atol=1e-4)
+    bare = model.unload()
+    assert not any(module._forward_pre_hooks for module in bare.modules())
+
+
+def test_continuous_batching_refuses_adapters_of_rows():
+    model = adapted("decoder")
+    with pytest.raises(ValueError, match=r"`generate_batch` got `adapter_names` = \['long', 'short'\]"):
+        model.generate_batch([[3, 4], [5, 6]], adapter_names=["long", "short"])
+
+
+def test_rows_are_named_to_a_compiled_model():
+    model, batch = adapted("decoder"), inputs("decoder")
+    torch.compiler.reset()
+    base = model.get_base_model()
+    with torch.no_grad():
+        others = [list(reversed(ROWS)), None, ROWS]
+        expected = [model(**batch, adapter_names=rows).logits for rows in others]
+        base.forward = torch.compile(base.forward, backend="eager", fullgraph=True)
+        for rows, logits in zip(others, expected, strict=True):
+            torch.testing.assert_close(model(**batch, adapter_names=rows).logits, logits, rtol=0, atol=1e-5)
+
+
 def test_wrong_names_are_errors_that_leave_no_trace():
     model, batch = adapted("decoder"), inputs("decoder")
     with torch.no_grad():

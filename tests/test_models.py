@@ -305,13 +305,13 @@ def note_input(hidden: list[torch.Tensor], module: Any, args: tuple[Any, ...], k
 
 
 def spied(
-    queries: Callable[[torch.Tensor, str], torch.Tensor],
+    queries: Callable[..., torch.Tensor],
     hidden: list[torch.Tensor],
     seen: list[tuple[torch.Tensor, ...]],
     query: torch.Tensor,
-    reads: str,
+    *args: Any,
 ) -> torch.Tensor:
     """Return the queries that a prefix reads, and note them with the hidden states and the queries that they come from."""
-    result = queries(query, reads)
+    result = queries(query, *args)
     seen.append((hidden[0], query, result))
     return result

@@ -29,6 +29,7 @@ from test_attention import (
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_prefix_plus import (
     PrefixPlusConfig,
@@ -65,7 +66,7 @@ def attention_over(prefixes, unrotated, implementation="sdpa", is_causal=True):
     module = Attention(implementation, [], is_causal)
     joined = concatenated(prefixes)
     module.prefix_plus.forward = lambda key, value: (joined.to(key, value), ())
-    module.prefix_plus.queries = lambda query, reads: (
+    module.prefix_plus.queries = lambda query, reads, positions: (
         torch.cat([query, unrotated], dim=-1) if reads == "both" else unrotated
     )
     return module
@@ -545,6 +546,33 @@ def test_prefix_tuning_cannot_express_it():
 
 def test_a_module_called_without_its_position_embeddings_is_an_error():
     layer = next(iter(prefix_layers(prefixed(tiny_model())).values()))
-    layer.position_embeddings = None
     with pytest.raises(RuntimeError, match="LlamaAttention was called without its `position_embeddings`"):
-        layer.queries(torch.zeros(1, 4, 1, 8), "unrotated")
+        layer.queries(torch.zeros(1, 4, 1, 8), "unrotated", None)
+
+
+@pytest.mark.parametrize("by", ["in place", "through data"])
+def test_angles_that_are_written_over_are_read_anew(by):
+    layer = next(iter(prefix_layers(prefixed(tiny_model())).values()))
+    query = torch.randn(1, 4, 3, 8)
+    first, second = (torch.randn(1, 3, 4).repeat(1, 1, 2) for _ in range(2))
+    angles = (first.cos(), first.sin())
+    before = layer.queries(query, "unrotated", angles)
+    for tensor, new in zip(angles, (second.cos(), second.sin()), strict=True):
+        (tensor if by == "in place" else tensor.data).copy_(new)
+    after = layer.queries(query, "unrotated", angles)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, layer.queries(query, "unrotated", (second.cos(), second.sin())))
+
+
+def test_the_probe_needs_no_backward_of_an_attention_kernel(monkeypatch):
+    def without_backward(module, query, key, value, attention_mask=None, **kwargs):
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            raise NotImplementedError("FlexAttention does not support backward on CPU.")
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flex_attention", without_backward)
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, "flex_attention", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    )
+    model = prefixed(tiny_model(implementation="flex_attention"))
+    assert all(layer.is_position_free["default"] for layer in prefix_layers(model).values())

@@ -374,3 +374,26 @@ def test_a_saved_adapter_can_be_trained_on_in_this_process(tmp_path):
     loss_of(model, **INPUTS).backward()
 
     assert all(parameter.grad.abs().max() > 0 for parameter in adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"gating": True}, {"position_free": False}], ids=str)
+def test_the_transforms_of_torch_func(fields):
+    from torch.func import functional_call, grad, vmap
+
+    model = prefixed(tiny_model(), **fields).eval().double()
+    parameters = adapter_parameters(model)
+    ids = token_ids(3, 7)
+
+    def loss(values, row):
+        logits = functional_call(model, values, (row[None],)).logits
+        return logits.square().mean()
+
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    of_rows = vmap(grad(loss), in_dims=(None, 0))(values, ids)
+    for row in range(len(ids)):
+        model.zero_grad()
+        model(ids[row][None]).logits.square().mean().backward()
+        found = grad(loss)(values, ids[row])
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(of_rows[name][row], parameter.grad, rtol=1e-6, atol=1e-9)

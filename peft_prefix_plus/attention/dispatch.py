@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
-from .config_view import model_config, set_config
+from .config_view import model_config
 from .fused import fused_attention
 from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
@@ -24,7 +24,9 @@ from .reference import (
     finite_additive,
     is_causal_call,
 )
+from .rotary import POSITIONS
 from .selfcheck import find_kernel
+from .watching import THREAD
 
 
 def attention_family(name: str | None) -> str:
@@ -52,19 +54,25 @@ def attention_family(name: str | None) -> str:
     )
 
 
+class _WithModelConfig:
+    """An attention module as the base model has it: with the model's own config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.config = model_config(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def attend_as_base(
     module: Any, *args: Any, implementation: str | None, eager: AttentionFunction, **kwargs: Any
 ) -> AttentionOutput:
     """Call an attention implementation as the base model would; `eager` is the one of the module's own file."""
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]
-    if implementation is None or not is_flash_attention_requested(requested_attention_implementation=implementation):
-        return function(module, *args, **kwargs)
-    view = module.config
-    try:
-        set_config(module, model_config(module))  # flash attention looks its kernel up by the name in the config
-        return function(module, *args, **kwargs)
-    finally:
-        set_config(module, view)
+    if implementation is not None and is_flash_attention_requested(requested_attention_implementation=implementation):
+        module = _WithModelConfig(module)  # flash attention looks its kernel up by the name in the config
+    return function(module, *args, **kwargs)
 
 
 def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction:
@@ -95,6 +103,8 @@ def why_concatenate(
     kwargs: dict[str, Any],
 ) -> str | None:
     """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func, which kernels called by hand know nothing of"
     if implementation != "sdpa":
         return "another implementation than sdpa"
     if prefix.reads == "both":
@@ -122,6 +132,8 @@ def prefix_attention(
     """
     The attention function registered with transformers: attention with the prefixes of the module's active adapters.
 
+    Where this thread watches the module, the watcher's function runs instead (see [`watching`]).
+
     Without an active prefix it hands on to the implementation that the model's own config names, and that is all it
     does. With one, the fused way is taken wherever it computes the same (see [`why_concatenate`]), and the concatenating
     way, through that implementation, otherwise.
@@ -140,10 +152,16 @@ def prefix_attention(
     """
     # In decoding this runs for every token and layer. `module.prefix_plus` is a search in Python that ends in `_modules`, and
     # `layer(key, value)` looks for hooks first: both take as long as one of the operations below.
+    watchers = THREAD.interface
+    if watchers is not None and module in watchers:
+        return watchers[module](module, query, key, value, attention_mask, **kwargs)
     layer = module._modules["prefix_plus"]
+    positions = kwargs.pop(POSITIONS, None)
     implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
     prefix, added_prefixes = layer.forward(key, value)
-    prefix_query = query if prefix is None or prefix.reads == "rotated" else layer.queries(query, prefix.reads)
+    prefix_query = (
+        query if prefix is None or prefix.reads == "rotated" else layer.queries(query, prefix.reads, positions)
+    )
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
@@ -157,7 +175,7 @@ def prefix_attention(
             implementation, eager, module, query, key, value, attention_mask, prefix, prefix_query, kwargs
         )
     for added in added_prefixes:
-        added_query = layer.queries(query, added.reads)
+        added_query = layer.queries(query, added.reads, positions)
         output = output + added_attention(added_query, added, kwargs.get("scaling")).reshape(output.shape)
     return output, weights
 

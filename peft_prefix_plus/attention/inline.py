@@ -13,18 +13,26 @@ the probe finds this out, before anything is changed.
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _len_torch_function_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from .mass import Observer, prefix_probabilities
 from .prefix import Prefix
 from .reference import added_attention, concatenated_attention, finite_additive
+from .watching import THREAD
 
 
 PrefixSource = Callable[[torch.Tensor, torch.Tensor], tuple[Prefix | None, tuple[Prefix, ...]]]
@@ -158,6 +166,7 @@ class InlineAttention(TorchFunctionMode):
             query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the scores.
         num_softmaxes (`int`): How many softmaxes were taken.
         lost_at (`list[str]`): The operations at which scores could not be followed further.
+        is_over (`bool`): Whether the forward has ended. From then on nothing is followed.
     """
 
     def __init__(self, module: nn.Module, source: PrefixSource | None = None, observe: Observer | None = None) -> None:
@@ -168,6 +177,7 @@ class InlineAttention(TorchFunctionMode):
         self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]] = []
         self.num_softmaxes = 0
         self.lost_at: list[str] = []
+        self.is_over = False
         # by id, with the tensors themselves: an id must not be given to another tensor meanwhile
         self._followed: dict[int, tuple[torch.Tensor, Scores | Probabilities]] = {}
         self._factors: dict[int, tuple[torch.Tensor, Any]] = {}
@@ -185,6 +195,8 @@ class InlineAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.is_over:
+            return func(*args, **kwargs)
         name = operation_name(func)
         if name in PRODUCTS:
             return self._product(name, func, args, kwargs)
@@ -283,18 +295,21 @@ class InlineAttention(TorchFunctionMode):
         query = self._heads_apart(state.query)
         prefix_scores = query @ prefix.key.to(query.dtype).transpose(-1, -2) * state.scale
         if type(self.module).__name__ in ALIBI:
-            bias = scores.reshape(*query.shape[:-1], -1) - query @ self._heads_apart(state.key) * state.scale
+            bias = (
+                scores.reshape(*query.shape[:-1], scores.shape[-1])
+                - query @ self._heads_apart(state.key) * state.scale
+            )
             prefix_scores = prefix_scores + _largest_bias(bias)
         if prefix.mask is not None:
             prefix_scores = prefix_scores + finite_additive(prefix.mask, prefix_scores.dtype)[:, None, None, :]
-        return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], -1)
+        return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], prefix.key.shape[1])
 
     def _attend(self, state: Probabilities, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add what the prefix gives to the product of probabilities and real values."""
         query, key = self._heads_apart(state.scores.query), self._heads_apart(state.scores.key).transpose(-1, -2)
         self.attended.append((query, key, self._heads_apart(value), state.scores.scale))
         if state.prefix is not None and state.of_prefix is not None:
-            probabilities = state.of_prefix.reshape(*query.shape[:-1], -1)
+            probabilities = state.of_prefix.reshape(*query.shape[:-1], state.of_prefix.shape[-1])
             attended = probabilities @ state.prefix.value.to(probabilities.dtype)
             output = output + attended.to(output.dtype).reshape(output.shape)
             if self.observe is not None:
@@ -353,56 +368,112 @@ class InlineAttention(TorchFunctionMode):
         return tensor.unflatten(0, (-1, heads))
 
 
-class InlineHooks:
+def follow(module: nn.Module) -> None:
     """
-    Runs every forward of a module under an [`InlineAttention`], until removed.
+    Let a module's prefixes take part in its forward, until [`unfollow`].
+
+    The module gets another class, of the same name, whose forward runs the one of its own class under an
+    [`InlineAttention`]. Hooks would not do: those after a forward do not run where Ctrl-C ends it, and would leave the mode in
+    place for all that the thread computes from then on.
+    """
+    followed: type = type(module)
+    if any("_followed" in vars(each) for each in followed.__mro__):
+        return  # another tool (FSDP) has put a class of its own on top, and kept ours
+    own = _followed_class(followed)
+    module.__class__ = own
+    _rebind(module, followed, own)
+
+
+def unfollow(module: nn.Module) -> None:
+    """Give a module the class back that it had before [`follow`]."""
+    own = type(module)
+    followed = vars(own).get("_followed")
+    if followed is not None:  # as it is under another tool's class, where forward passes through
+        module.__class__ = followed
+        _rebind(module, own, followed)
+
+
+def _rebind(module: nn.Module, old: Any, new: Any) -> None:
+    """Turn what holds the forward of a module's old class (accelerate's hooks do) to that of its new class."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.MethodType) and value.__func__ is old.forward and value.__self__ is module:
+            vars(module)[name] = types.MethodType(new.forward, module)
+
+
+@cache
+def _followed_class(module_class: Any) -> Any:
+    """The class whose modules are those of another class, with prefixes."""
+
+    @wraps(module_class.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        watchers = THREAD.inline
+        watcher = None if watchers is None else watchers.get(self)
+        if watcher is not None:
+            return watcher(self, module_class.forward, args, kwargs)
+        return attend_inline(self, module_class.forward, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        _, _, *state = module_class.__reduce_ex__(self, protocol)
+        return _new_followed, (module_class,), *state
+
+    names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes = {**names, "_followed": module_class, "forward": forward, "__reduce_ex__": reduce}
+    return type(module_class.__name__, (module_class,), attributes)
+
+
+def _new_followed(module_class: Any) -> Any:
+    """Where a copy or an unpickled module starts from."""
+    followed_class = _followed_class(module_class)
+    return followed_class.__new__(followed_class)
+
+
+def attend_inline(
+    module: Any, forward: Callable[..., Any], args: Any, kwargs: Any, observe: Observer | None = None
+) -> Any:
+    """
+    Run a module's forward with the prefixes of its active adapters.
 
     Args:
-        module (`nn.Module`): The module.
-        source (`PrefixSource`, *optional*): Where prefixes come from.
-        is_needed (`Callable`): Asked before every forward: whether to follow it.
-        finish (`Callable`): Called with the [`InlineAttention`] after every forward that was followed.
+        module: An attention module that carries a [`PrefixPlusLayer`].
+        forward: The forward of its class.
+        args: The forward's arguments.
+        kwargs: Those by keyword.
+        observe: Told of the attention that falls on the prefix.
 
-    Attributes:
-        observe (`Observer`, *optional*): Told of the attention that falls on the prefix, while set.
+    Raises:
+        RuntimeError: If the module computes attention in another way than when the adapter was added.
     """
+    layer = module._modules.get("prefix_plus")
+    if layer is None or not layer.has_prefix():
+        return forward(module, *args, **kwargs)
+    mode = InlineAttention(module, layer, observe)
+    output = run_under(mode, forward, args, kwargs)
+    require_complete(mode)
+    return output
 
-    def __init__(
-        self,
-        module: nn.Module,
-        source: PrefixSource | None,
-        is_needed: Callable[[], bool],
-        finish: Callable[[InlineAttention], None],
-    ) -> None:
-        self.source = source
-        self.is_needed = is_needed
-        self.finish = finish
-        self.is_suspended = False
-        self.observe: Observer | None = None
-        self._running: list[InlineAttention | None] = []
-        self._handles = [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
-        ]
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        is_followed = not self.is_suspended and self.is_needed()
-        mode = InlineAttention(module, self.source, self.observe) if is_followed else None
-        self._running.append(mode)
-        if mode is not None:
-            mode.__enter__()
+def run_under(mode: InlineAttention, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run the forward of a mode's module under it, and leave it however the forward ends."""
+    if torch.compiler.is_compiling():
+        with mode:
+            return forward(mode.module, *args, **kwargs)
+    _drop_modes_that_are_over()
+    depth = _len_torch_function_stack()
+    try:
+        _push_mode(mode)
+        return forward(mode.module, *args, **kwargs)
+    finally:
+        # First, and without a call, at which an interrupt could come. Where one has cut a context of torch's own off, which
+        # takes a mode from the stack for a while, that context puts it back when its memory is freed.
+        mode.is_over = True
+        while _len_torch_function_stack() > depth:
+            _pop_mode()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        mode = self._running.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
-            if output is not None:  # as it is when the forward raised
-                self.finish(mode)
 
-    def remove(self) -> None:
-        """Leave the module as it was."""
-        for handle in self._handles:
-            handle.remove()
+def _drop_modes_that_are_over() -> None:
+    """Take from this thread's stack what interrupts have left there."""
+    while isinstance(mode := _get_current_function_mode(), InlineAttention) and mode.is_over:
+        _pop_mode()
 
 
 def require_complete(mode: InlineAttention) -> None:

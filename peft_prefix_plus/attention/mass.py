@@ -12,6 +12,8 @@ from .dispatch import attention_family, prefix_attention
 from .masks import FlashMask, dense_flex_mask
 from .prefix import Prefix
 from .reference import AttentionOutput, is_causal_call
+from .rotary import POSITIONS
+from .watching import unwatched
 
 
 Observer = Callable[[torch.Tensor | None], None]
@@ -34,10 +36,12 @@ def observed_attention(
     **kwargs: Any,
 ) -> AttentionOutput:
     """[`prefix_attention`], telling an observer what falls on the prefix."""
-    output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
+    with unwatched():
+        output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
+    positions = kwargs.pop(POSITIONS, None)
     prefix, added_prefixes = module.prefix_plus(key, value)
     if prefix is not None:
-        prefix_query = module.prefix_plus.queries(query, prefix.reads)
+        prefix_query = module.prefix_plus.queries(query, prefix.reads, positions)
         observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
     elif added_prefixes:
         observe(None)

@@ -27,6 +27,9 @@ tensor.
 ARGUMENT = "position_embeddings"
 """The argument of a module's forward in which they come."""
 
+POSITIONS = "prefix_plus_position_embeddings"
+"""The argument in which they go on to the attention function, with all that a module's forward has no name for."""
+
 SCALED_AFTERWARDS = {"HunYuanDenseV1Attention", "HunYuanMoEV1Attention"}
 """Modules whose queries go through a norm with learned weights after their rotation, which does not commute with it."""
 
@@ -63,7 +66,10 @@ class QueryRotation:
             `torch.Tensor`: Of the same shape. Where the embeddings have a factor on the scores (YaRN, arXiv 2309.00071), it has
             that factor squared: as a query at a key's own position would have in their product.
         """
-        cos, sin = self._factors(position_embeddings, states)
+        return self.undo_by(states, *self.factors(states, position_embeddings))
+
+    def undo_by(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """As [`QueryRotation.undo`], by what [`QueryRotation.factors`] has made of the embeddings."""
         width = cos.shape[-1]
         rest = states.shape[-1] - width
         if rest:
@@ -80,26 +86,12 @@ class QueryRotation:
             partners = states.roll(states.shape[-1] // 2, -1)
         return torch.addcmul(states * cos, partners, sin)
 
-    def _factors(
-        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
+    def factors(
+        self, states: torch.Tensor, position_embeddings: PositionEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims).
-
-        Every layer is given the same embeddings. What is made of them stays with them, for the next layer.
+        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims) each.
         """
-        if torch.compiler.is_compiling():
-            return self._make_factors(position_embeddings, states)
-        wanted = (self, states.shape[2], states.dtype, states.device)
-        carrier: Any = position_embeddings if isinstance(position_embeddings, torch.Tensor) else position_embeddings[0]
-        kept = getattr(carrier, "_prefix_plus_factors", None)
-        if kept is None or kept[0] != wanted:
-            kept = carrier._prefix_plus_factors = wanted, self._make_factors(position_embeddings, states)
-        return kept[1]
-
-    def _make_factors(
-        self, position_embeddings: PositionEmbeddings, states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(position_embeddings, torch.Tensor):
             position_embeddings = position_embeddings.real, position_embeddings.imag
         tokens = states.shape[2]
@@ -138,8 +130,11 @@ def find_rotation(module: nn.Module) -> QueryRotation | None:
     names = [name for name in forward.__code__.co_names if "apply_rot" in name or "apply_multi" in name]
     if not names:
         return None
-    if ARGUMENT not in inspect.signature(forward).parameters:
+    parameters = inspect.signature(forward).parameters
+    if ARGUMENT not in parameters:
         raise ValueError("it computes the angles of its rotation itself")
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise ValueError("its forward hands no further arguments on to its attention function")
     if type(module).__name__ in SCALED_AFTERWARDS:
         raise ValueError("a norm with learned weights comes after it")
     rotations = set()
@@ -152,7 +147,10 @@ def find_rotation(module: nn.Module) -> QueryRotation | None:
     if len(rotations) > 1:
         raise ValueError(f"it has several rotations, {', '.join(names)}")
     is_latent = hasattr(module, "qk_rope_head_dim")
-    return replace(rotations.pop(), is_last=is_latent)
+    return _placed(rotations.pop(), is_last=is_latent)
+
+
+_placed = cache(replace)  # modules that rotate alike have the same object
 
 
 @cache
