@@ -79,6 +79,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate")
     other_param_names: tuple[str, ...] = ("prefix_plus_scaling", "dropout", "is_decoupled", "is_position_free")
 
+    # Torch sets it on the copies that `nn.DataParallel` makes for a forward, which share the memo and have no parameters.
+    _is_replica = False
+
     def __init__(self, attention: nn.Module, adapters: Collection[str]) -> None:
         super().__init__()
         self.prefix_plus_encoder = nn.ModuleDict({})
@@ -231,7 +234,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         """
         if self._disable_adapters:
             return None, ()
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self._is_replica:
             self._produced.clear()
             return self._produce(self._adapters_in_use(), key, value)
         # the active adapters are no part of it: setting them clears what was produced
