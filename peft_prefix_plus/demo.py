@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .cli.errors import CommandError
+from .cli.errors import CommandError, check_numbers
 from .cli.generation import complete
-from .cli.loading import load_model
+from .cli.loading import LARGEST_SEED, load_model
 from .cli.records import IGNORED_LABEL, Collator, EncodedRecord, Record, encode, padding_id
 from .cli.training import TrainingSettings, train
 from .config import PrefixPlusConfig
@@ -51,9 +51,8 @@ class DemoSettings:
     seed: int = field(default=0, metadata={"help": "For the text, the models and the training."})
 
     def __post_init__(self) -> None:
-        for name in ("pretraining_steps", "prefix_steps", "training_tables", "held_out_tables"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self, 1, "pretraining_steps", "prefix_steps", "training_tables", "held_out_tables")
+        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
 
 
 class Score(NamedTuple):
