@@ -110,8 +110,8 @@ def probe_inputs(
         for name, parameter in parameters.items()
         if name != main and name in _MAKERS and (parameter.default is parameter.empty or main in TEXT_INPUTS)
     ]
-    if main not in TEXT_INPUTS and "input_ids" in parameters and not decoder:
-        known.append("input_ids")
+    if not decoder:
+        known += [name for name in TEXT_INPUTS if name in parameters and name != main]
     if known:
         further: dict[str, torch.Tensor] = {}
         for name in known:
@@ -142,28 +142,36 @@ def lone_inputs(
     width_of_keys = next((width for name, width in known.items() if name.startswith(("k", "kv"))), None)
     width = next(iter(known.values()))
     inputs: dict[str, Any] = {}
+    further: dict[str, Any] = {}  # what cross-attention needs, and self-attention does not take
     parameters = inspect.signature(module.forward).parameters
     for index, (name, parameter) in enumerate(parameters.items()):
+        is_required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if index == 0:
             inputs[name] = _noise((1, num_tokens, width), dtype, device)
-        elif name in OTHER_STATES and (width_of_keys not in (None, width) or parameter.default is parameter.empty):
-            inputs[name] = _noise((1, num_tokens + 1, width_of_keys or width), dtype, device)
-        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+        elif name in OTHER_STATES:
+            states = _noise((1, num_tokens + 1, width_of_keys or width), dtype, device)
+            (inputs if is_required else further)[name] = states
+        elif name == "position_ids":
+            inputs[name] = torch.arange(num_tokens, device=device)[None]
+        elif is_required:
             if not re.search("mask|bias|position_embeddings", name):
                 raise ValueError(f"its argument {name!r} is not known")
             inputs[name] = None
-    if "position_embeddings" not in parameters:
-        yield inputs
-        return
-    dim = getattr(module, "head_dim", None) or width // _num_heads(module)
-    rotated = getattr(module, "qk_rope_head_dim", None) or dim  # some get a number per plane of two dims
-    for size in (rotated, rotated // 2):
-        ones = torch.ones(1, num_tokens, size, dtype=dtype, device=device)
-        yield {**inputs, "position_embeddings": (ones, torch.zeros_like(ones))}
+    rotations: list[dict[str, Any]] = [{}]
+    if "position_embeddings" in parameters:
+        dim = getattr(module, "head_dim", None) or width // _num_heads(module)
+        rotated = getattr(module, "qk_rope_head_dim", None) or dim
+        sizes = (rotated, rotated // 2)  # some get a number per plane of two dims
+        ones = [torch.ones(1, num_tokens, size, dtype=dtype, device=device) for size in sizes]
+        rotations = [{"position_embeddings": (each, torch.zeros_like(each))} for each in ones]
+    for rotation in rotations:
+        yield {**inputs, **rotation}
+    if further:
+        yield {**inputs, **rotations[0], **further}
 
 
-OTHER_STATES = ("key_value_states", "encoder_hidden_states", "context", "key_states")
-"""Arguments of attention modules by which cross-attention gets what keys and values are made of."""
+OTHER_STATES = ("key_value_states", "encoder_hidden_states", "context", "key_states", "latents")
+"""Arguments of attention modules that are further states, of what keys and values are made of for instance."""
 
 
 def different_tokens(model: PreTrainedModel, num_tokens: int, device: torch.device | None) -> torch.Tensor:
