@@ -24,14 +24,11 @@ demo: install ## teach a small model, or MODEL=a directory or a name on the Hub,
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
 
-test-soak: install ## run the long versions of tests: threads, interrupts
-	$(BIN)/pytest -n auto -m soak
-
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
 
-test-soak: install ## run the long tests on drawn examples (at most 40 minutes)
-	$(BIN)/pytest -m soak
+test-soak: install ## run the long tests: threads, interrupts, drawn examples (at most 40 minutes)
+	$(BIN)/pytest -n auto -m soak
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)

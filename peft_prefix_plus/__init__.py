@@ -7,6 +7,7 @@ from .diagnostics import prefix_attention_mass
 from .fitting import Residual
 from .geometry import PROBE_NAME, probe_attention
 from .initialization import initialize_from_key_values, initialize_from_text
+from .inputs import example_inputs
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
 from .optimization import prefix_plus_param_groups
@@ -22,6 +23,7 @@ __all__ = [
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "Residual",
+    "example_inputs",
     "flatten",
     "from_prefix_tuning",
     "initialize_from_key_values",

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
@@ -20,6 +21,12 @@ from .registration import PREFIX_PLUS
 REPARAMETERIZATIONS = ("none", "linear", "mlp")
 SHARINGS = ("none", "input", "projection", "all")
 INITIALIZATIONS = (True, False, "random", "zero", "activations")
+
+LARGEST = 2**31 - 1
+"""The largest length or width: no tensor can have more."""
+
+MOST_ENTRIES = 10_000
+"""The most entries of a list, and characters of a regular expression: no model has as many layers or attention modules."""
 
 
 @dataclass
@@ -183,6 +190,10 @@ class PrefixPlusConfig(PeftConfig):
         self._check_contradictions()
 
     def _check_types(self) -> None:
+        for name in ("layers_to_transform", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set, range)) and len(value) > MOST_ENTRIES:
+                raise ValueError(f"`{name}` must have at most {MOST_ENTRIES} entries, got {len(value)}.")
         for name in ("num_virtual_tokens", "encoder_dim", "encoder_hidden_size"):
             value = getattr(self, name)
             if name == "encoder_hidden_size" and value is None:
@@ -196,7 +207,10 @@ class PrefixPlusConfig(PeftConfig):
                 continue
             if not _is_real(value):
                 raise TypeError(f"`{name}` must be a float, got {value!r} of type {type(value).__name__}.")
-            setattr(self, name, float(value))
+            try:
+                setattr(self, name, float(value))
+            except OverflowError as error:
+                raise ValueError(f"`{name}` must be a float, got a number too large to be one.") from error
         for name in ("reparameterization", "sharing", "encoder_activation"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -232,6 +246,8 @@ class PrefixPlusConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None and value > LARGEST:
+                raise ValueError(f"`{name}` must be at most {LARGEST}, got a larger number.")
         for name, allowed in (("reparameterization", REPARAMETERIZATIONS), ("sharing", SHARINGS)):
             value = getattr(self, name)
             if value not in allowed:
@@ -258,9 +274,14 @@ class PrefixPlusConfig(PeftConfig):
             patterns = (value or []) if name == "layers_pattern" else []
             for pattern in [value] if isinstance(value, str) else patterns:
                 try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"`{name}` is {pattern!r}, no valid regular expression: {error}.") from error
+                    if len(pattern) > MOST_ENTRIES:
+                        raise ValueError(f"it has {len(pattern)} characters, more than {MOST_ENTRIES}")
+                    re.compile(pattern)  # PEFT's dialect
+                    regex.compile(numbered_layer(pattern) if name == "layers_pattern" else pattern)  # see `targets`
+                except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+                    raise ValueError(
+                        f"`{name}` is {shortened(repr(pattern))}, no valid regular expression: {error}."
+                    ) from error
 
     def _check_contradictions(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -330,6 +351,19 @@ class PrefixPlusConfig(PeftConfig):
         # called by `push_to_hub` last of all, when transformers has put its template of a card beside the configuration
         update_model_card(working_dir, repo_id, any_library=True)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def numbered_layer(layers_pattern: str) -> str:
+    """
+    The regular expression for the start of a name in a numbered layer, whose stack `layers_pattern` names. Its first group is
+    the stack's name, its last the layer's index.
+    """
+    return rf"((?:|.*?\.)(?:{layers_pattern}))\.(\d+)\."
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """Return a text for an error, without its middle if it is long."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
 def _is_integer(value: Any) -> bool:

@@ -25,9 +25,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .cli.errors import CommandError
+from .cli.errors import CommandError, check_numbers
 from .cli.generation import complete
-from .cli.loading import load_model, load_tokenizer
+from .cli.loading import LARGEST_SEED, load_model, load_tokenizer
 from .cli.records import IGNORED_LABEL, Collator, Record, encode, padding_id
 from .cli.training import TrainingSettings, train
 from .config import PrefixPlusConfig
@@ -81,10 +81,9 @@ class DemoSettings:
     seed: int = field(default=0, metadata={"help": "For the text, the models and the training."})
 
     def __post_init__(self) -> None:
-        for name in ("pretraining_steps", "prefix_steps", "training_tables", "held_out_tables"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        given = [name for name in ("pretraining_steps", "prefix_steps") if getattr(self, name) is not None]
+        check_numbers(self, 1, *given, "training_tables", "held_out_tables")
+        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
         if self.model is not None and self.pretraining_steps is not None:
             raise ValueError(
                 f"`pretraining_steps` is {self.pretraining_steps}, but `model` is {self.model!r}, which is trained already. "

@@ -331,7 +331,7 @@ class ProjectedEncoder(PrefixEncoder):
         """The norm that what the output projection reads has at the start, on average."""
         if self.activation is None:
             return 1.0
-        hidden = self.activation(torch.randn(256, width) * self.part("hidden").in_features ** -0.5)  # type: ignore[operator]
+        hidden = self.activation(torch.randn(256, width, device="cpu") * self.part("hidden").in_features ** -0.5)  # type: ignore[operator]
         return float(hidden.norm(dim=-1).square().mean().sqrt()) or 1.0
 
     def features(self) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ from .attention import (
     watching,
 )
 from .encoders import KVShape
+from .inputs import TEXT_INPUTS, given_inputs, lone_inputs, probe_inputs
 from .registration import METHOD_NAME
 
 
@@ -245,7 +247,11 @@ def probe(
     are_before: bool = False,
 ) -> dict[str, AttentionGeometry]:
     """
-    Determine the geometry of the attention modules that a model's main input reaches, by one tiny forward.
+    Determine the geometry of a model's attention modules, by one tiny forward: those that its main input reaches, or the
+    inputs that the user gives by [`example_inputs`].
+
+    Of several models in a wrapper, each is run. A model that cannot be run is probed by its parts: the models in it on their
+    own main inputs, and then its attention modules alone, on noise.
 
     Shapes are read where the keys and values enter attention, not from the config: that is right for grouped heads,
     latent attention, layers of different shape and hybrid models. On a model on the meta device it computes nothing.
@@ -263,30 +269,72 @@ def probe(
         `dict[str, AttentionGeometry]`: By module name, in the model's order.
 
     Raises:
-        ValueError: If nothing is reached, or a wanted module is not.
+        ValueError: If nothing is reached, or a wanted module is not, or one of a model that cannot be run.
     """
-    modules = attention_modules(model)
-    found: dict[str, AttentionGeometry] = {}
-    rejected = {} if rejected is None else rejected
-    is_encoder_decoder = False
+    search = _Search(model, {} if rejected is None else rejected, num_tokens, are_before)
+    given = given_inputs(model, execution_device(model))
+    if given is not None:
+        search.run_given(model, given)
+    else:
+        for prefix, submodel in _outermost(model):
+            search.reach(prefix, submodel)
+    for prefix, submodel in _outermost_first(model):
+        if any(name.startswith(prefix) and name not in search.found for name in wanted):
+            search.reach(prefix, submodel)
+    search.reach_alone(wanted or search.missing())
+    if not wanted and search.missing():
+        raise ValueError(_why_not_found(model, search.missing(), search))
 
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
-        kind = "self"
-        if is_encoder_decoder and query.shape[2] != num_tokens:
-            kind = "encoder"
-        elif is_encoder_decoder and key.shape[2] != num_tokens:
-            kind = "cross"
+    found = {name: geometry for name, geometry in search.found.items() if name not in search.rejected}
+    unreached = [name for name in wanted if name not in found]
+    if unreached or not found:
+        raise ValueError(_why_not_found(model, unreached, search))
+    return {name: found[name] for name in search.modules if name in found}
+
+
+class _Search:
+    """
+    A search for the geometry of a model's attention modules.
+
+    Args:
+        model (`nn.Module`): The model.
+        rejected (`dict[str, str]`): As in [`probe`].
+        num_tokens (`int`): As in [`probe`].
+        are_before (`bool`): As in [`probe`].
+
+    Attributes:
+        found (`dict[str, AttentionGeometry]`): What was found so far, by module name.
+        failures (`dict[str, str]`): The models and modules that could not be run, by name, and why.
+    """
+
+    def __init__(self, model: nn.Module, rejected: dict[str, str], num_tokens: int, are_before: bool) -> None:
+        self.model = model
+        self.modules = attention_modules(model)
+        self.rejected = rejected
+        self.num_tokens = num_tokens
+        self.are_before = are_before
+        self.found: dict[str, AttentionGeometry] = {}
+        self.failures: dict[str, str] = {}
+        # Prefixes of the models that were run, and of those that could be: what their main input does not reach has no prefix.
+        self._tried: set[str] = set()
+        self._settled: set[str] = set()
+        self._rotations: _Rotations
+        self._kind_of: Callable[[str, int, int], str]
+
+    def record(self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
+        """Note what one computation of attention tells."""
         shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
-        rotation, embeddings = rotations.of_query(name, query)
-        if name in found:
+        rotation, embeddings = self._rotations.of_query(name, query)
+        if name in self.found:
             return
+        kind = self._kind_of(name, query.shape[2], key.shape[2])
         query, key, value = query[:1].detach(), key[:1].detach(), value[0].detach()
         unrotated_query, unrotated_key = query, key  # (1, heads, tokens, key_dim)
         if rotation is not None and embeddings is not None:
             unrotated_query = rotation.undo(query, embeddings).detach()
             if key.shape[2] == query.shape[2]:
                 unrotated_key = rotation.undo(key, embeddings).detach()
-        found[name] = AttentionGeometry(
+        self.found[name] = AttentionGeometry(
             kind=kind,
             shape=shape,
             num_query_heads=query.shape[1],
@@ -295,42 +343,126 @@ def probe(
             key=key[0],
             value=value,
             rotation=rotation,
-            obstacle=rotations.obstacles.get(name),
+            obstacle=self._rotations.obstacles.get(name),
             unrotated_query=unrotated_query[0],
             unrotated_key=unrotated_key[0],
         )
 
-    for prefix, submodel in _outermost_first(model):
-        members = [name for name in modules if name.startswith(prefix)]
-        targets = [name for name in members if name in wanted] if found else members
-        if all(name in found for name in targets):
-            continue
-        is_encoder_decoder = bool(getattr(submodel.config, "is_encoder_decoder", False))
-        inputs = probe_inputs(submodel, num_tokens)
-        if are_before and "input_ids" in inputs:
-            inputs.update(positions_before(submodel, inputs))
+    def run(self, runnable: nn.Module, watched: dict[str, nn.Module], inputs: dict[str, Any]) -> None:
+        """Run a model, or a module alone, while some modules are watched."""
         with (
-            recording(modules, record, rejected.__setitem__),
-            evaluating(submodel),
-            gathering(submodel),
-            _observing_rotations(modules) as rotations,
+            recording(watched, self.record, self.rejected.__setitem__),
+            evaluating(runnable),
+            gathering(runnable),
+            _observing_rotations(watched) as self._rotations,
         ):
-            try:
-                submodel(**inputs)
-            except Exception as error:
-                # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
-                # A wanted module may be reached through a submodel (CLIP's text model, where CLIP wants an image too).
-                if not wanted and not all(name in found or name in rejected for name in members):
-                    raise ValueError(
-                        f"Could not determine the shapes of the keys and values of {type(submodel).__name__}: a "
-                        f"forward with {sorted(inputs)} failed ({type(error).__name__}: {error})."
-                    ) from error
+            runnable(**inputs)
 
-    found = {name: geometry for name, geometry in found.items() if name not in rejected}
-    unreached = [name for name in wanted if name not in found]
-    if unreached or not found:
-        raise ValueError(_why_not_found(model, unreached, rejected))
-    return {name: found[name] for name in modules if name in found}
+    def run_given(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """
+        Run the model on the user's own inputs.
+
+        Raises:
+            ValueError: If it does not take them.
+        """
+        self._settled.add("")
+        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._kind_of = _kinds_by_place(model, self.modules) if is_encoder_decoder else _always_self
+        try:
+            self.run(model, self.modules, inputs)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be run on the example inputs {sorted(inputs)} ({type(error).__name__}: "
+                f"{error}). Give the arguments that its forward takes to `example_inputs`."
+            ) from error
+
+    def reach(self, prefix: str, model: PreTrainedModel) -> None:
+        """Run a model, whose modules' names have a prefix, in one way after another until it works; if none does, its parts."""
+        if prefix in self._tried:
+            return
+        self._tried.add(prefix)
+        for inputs in probe_inputs(model, self.num_tokens, execution_device(model)):
+            if not getattr(model.config, "is_encoder_decoder", False):
+                self._kind_of = _always_self
+            elif set(inputs) == set(TEXT_INPUTS):
+                self._kind_of = partial(_kind_by_length, self.num_tokens)
+            else:
+                self._kind_of = _kinds_by_place(model, self.modules)
+            if self.are_before and "input_ids" in inputs:
+                inputs.update(positions_before(model, inputs))
+            try:
+                self.run(model, self.modules, inputs)
+            except Exception as error:  # noqa: BLE001 - a model's forward raises anything
+                reason = f"a forward with {sorted(inputs)} failed ({type(error).__name__}: {error})"
+                self.failures.setdefault(prefix.removesuffix("."), reason)
+                # A head may want more than its backbone (BART's classifier an end token): what counts is the record.
+                if any(name.startswith(prefix) for name in self.missing()):
+                    continue
+            self._settled.add(prefix)
+            return
+        for inner_prefix, inner in _outermost(model, prefix):
+            if any(name.startswith(inner_prefix) for name in self.missing()):
+                self.reach(inner_prefix, inner)
+
+    def reach_alone(self, names: Iterable[str]) -> None:
+        """Run those of the modules alone that no forward of a model has reached."""
+        for name in names:
+            if name in self.found or name in self.rejected:
+                continue
+            module = self.modules[name]
+            parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+            dtype = parameters[0].dtype if parameters else torch.float32
+            self._kind_of = _always_self
+            try:
+                ways = list(lone_inputs(module, self.num_tokens, dtype, execution_device(module)))
+            except ValueError as error:
+                self.failures[name] = f"alone, {type(module).__name__} cannot be run: {error}"
+                continue
+            for inputs in ways:
+                try:
+                    self.run(module, {name: module}, inputs)
+                    break
+                except Exception as error:  # noqa: BLE001
+                    self.failures[name] = f"alone, it cannot be run ({type(error).__name__}: {error})"
+
+    def missing(self) -> list[str]:
+        """The attention modules of which nothing is known yet, but for those that a model which could be run does not reach."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if name not in self.found
+            and name not in self.rejected
+            and not any(name.startswith(prefix) for prefix in self._settled)
+            and (calls_attention_interface(module) or "att" in type(module).__name__.lower())  # not a router
+        ]
+
+
+def _always_self(name: str, query_tokens: int, key_tokens: int) -> str:
+    return "self"
+
+
+def _kind_by_length(num_decoder_tokens: int, name: str, query_tokens: int, key_tokens: int) -> str:
+    """The kind of attention in an encoder-decoder model whose encoder got more tokens than its decoder."""
+    if query_tokens != num_decoder_tokens:
+        return "encoder"
+    return "self" if key_tokens == num_decoder_tokens else "cross"
+
+
+def _kinds_by_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Callable[[str, int, int], str]:
+    """How to tell the kinds of attention in an encoder-decoder model whose encoder got anything."""
+    encoder = model.get_encoder() if isinstance(model, PreTrainedModel) else model
+    encoder_modules = set() if encoder is model else set(encoder.modules())
+
+    def kind(name: str, query_tokens: int, key_tokens: int) -> str:
+        if modules[name] in encoder_modules:
+            return "encoder"
+        return "cross" if key_tokens != query_tokens or CROSS_NAME.search(name) else "self"
+
+    return kind
+
+
+CROSS_NAME = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+"""What in its name tells cross-attention, where an encoder's and a decoder's tokens happen to be as many."""
 
 
 class _Rotations:
@@ -422,8 +554,9 @@ def spread(states: torch.Tensor) -> float:
     return std if 0.0 < std < float("inf") else 1.0
 
 
-def _why_not_found(model: nn.Module, unreached: list[str], rejected: dict[str, str]) -> str:
+def _why_not_found(model: nn.Module, unreached: list[str], search: _Search) -> str:
     """The error for attention modules that the probe did not find: those wanted, or any."""
+    rejected = search.rejected
     for name in unreached or rejected:
         if name in rejected:
             return (
@@ -431,11 +564,31 @@ def _why_not_found(model: nn.Module, unreached: list[str], rejected: dict[str, s
                 f"{type(model.get_submodule(name)).__name__} computes no attention over keys and values in a form that can "
                 f"be followed ({rejected[name]}). Choose other modules by `target_modules`, or another PEFT method."
             )
-    names = ", ".join(unreached) or f"any attention module of {type(model).__name__}"
+    names = f"{', '.join(unreached[:4])}{' …' if len(unreached) > 4 else ''}"
+    reasons = [search.failures[name] for name in (*search.failures, *unreached) if name in search.failures]
+    why = reasons[0] if reasons else "a forward of the model does not reach their attention"
     return (
-        f"Could not determine the shape of the keys and values of {names}: a forward of the model does not reach "
-        "their attention. Name only attention modules that its main input reaches, in `target_modules`."
+        f"Could not determine the shapes of the keys and values of {type(model).__name__} "
+        f"({names or 'none of its attention modules'}): {why}. Add or load the adapter inside "
+        "`with peft_prefix_plus.example_inputs(…)`, given the arguments of a forward that reaches them, or name other "
+        "modules in `target_modules`."
     )
+
+
+def _outermost(model: nn.Module, prefix: str | None = None) -> list[tuple[str, PreTrainedModel]]:
+    """
+    The transformers models in a model that are in no other, each with the prefix that its modules' names have.
+
+    Args:
+        model (`nn.Module`): The model.
+        prefix (`str`, *optional*): The prefix of its own modules' names. It then does not count itself.
+    """
+    found: list[tuple[str, PreTrainedModel]] = []
+    for inner_prefix, inner in _outermost_first(model):
+        is_itself = prefix is not None and inner is model
+        if not is_itself and not any(inner_prefix.startswith(outer) for outer, _ in found):
+            found.append((inner_prefix, inner))
+    return [(f"{prefix or ''}{inner_prefix}", inner) for inner_prefix, inner in found]
 
 
 def _outermost_first(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
@@ -456,45 +609,6 @@ def execution_device(module: nn.Module) -> torch.device | None:
             if device is not None and getattr(each, "offload", False):
                 return torch.device(device)
     return next((parameter.device for parameter in module.parameters()), None)
-
-
-def probe_inputs(model: PreTrainedModel, num_tokens: int) -> dict[str, torch.Tensor]:
-    """
-    Return inputs for a model's forward, by name: tokens from all over the vocabulary, or noise.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        num_tokens (`int`): How many tokens a decoder gets. An encoder that it reads gets one more, so that lengths tell
-            cross-attention and encoder from the decoder. Pictures and sounds have the size that the model's config names.
-    """
-    config, device = model.config, execution_device(model)
-    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    inputs: dict[str, torch.Tensor] = {}
-    if is_encoder_decoder:
-        inputs["decoder_input_ids"] = _different_tokens(model, num_tokens, device)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = _noise((1, config.num_channels, height, width), model.dtype, device)
-    elif model.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        inputs["input_features"] = _noise((1, config.num_mel_bins, frames), model.dtype, device)
-    else:
-        inputs["input_ids"] = _different_tokens(model, num_tokens + is_encoder_decoder, device)
-    return inputs
-
-
-def _different_tokens(model: PreTrainedModel, num_tokens: int, device: torch.device | None) -> torch.Tensor:
-    """Return token ids (1, num_tokens) spread evenly over the vocabulary."""
-    # a model of characters has no vocabulary, and takes any small numbers
-    size = getattr(model.config.get_text_config(), "vocab_size", num_tokens + 1)
-    return (torch.arange(1, num_tokens + 1, device=device) * size // (num_tokens + 1))[None]
-
-
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    if device is not None and device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def positions_before(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
-from peft.utils.other import match_target_against_key
 from torch import nn
 
 from .attention import UNSUPPORTED
-from .config import PrefixPlusConfig
+from .config import PrefixPlusConfig, numbered_layer, shortened
 from .geometry import PROBE_TOKENS, AttentionGeometry, attention_modules, probe
 from .registration import METHOD_NAME
+
+
+MATCHING_SECONDS = 2.0
+"""How long a regular expression may take over one name. Those of models are short, and most take microseconds."""
+
+
+UNREAD = {
+    "CanineForSequenceClassification": "canine.final_char_encoder.",
+    "CanineForMultipleChoice": "canine.final_char_encoder.",
+}
+"""Where a head does not read what attention modules compute, by its class: the start of their names. No loss reaches them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
     named = [name for name in named if name not in excluded]
     rejected: dict[str, str] = {}
     geometries = probe(model, named, rejected, **_probe_options(config))
-    chosen = [name for name in geometries if name not in excluded] if targets is None else named
+    unread = UNREAD.get(type(model).__name__)
+    found = [name for name in geometries if name not in excluded and not (unread and name.startswith(unread))]
+    chosen = found if targets is None else named
     if not chosen:
         raise ValueError(f"`exclude_modules` is {config.exclude_modules!r}, which leaves no attention module.")
     kinds = {"self", *(["encoder"] if config.encoder_prefix else []), *(["cross"] if config.cross_prefix else [])}
@@ -167,7 +180,7 @@ def _check_names(model: nn.Module, candidates: list[str], field: str, targets: s
         if not any(_matches(target, name) for name in candidates):
             shown = target if isinstance(target, str) else target[0]
             raise ValueError(
-                f"`{field}` is {targets!r}, but {shown!r} names no attention module of {type(model).__name__}. Its "
+                f"`{field}` is {shortened(repr(targets))}, but {shortened(repr(shown))} names no attention module of {type(model).__name__}. Its "
                 f"attention modules are {_examples(candidates)}; name them by suffix or by one regular expression, or "
                 "use None."
             )
@@ -175,8 +188,24 @@ def _check_names(model: nn.Module, candidates: list[str], field: str, targets: s
 
 def _matches(targets: str | Collection[str], name: str) -> bool:
     if isinstance(targets, str):
-        return bool(match_target_against_key(targets, name))
+        return _match(targets, name, regex.fullmatch) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _match(pattern: str, name: str, match: Callable[..., Any]) -> Any:
+    """
+    Match a module's name with a regular expression, as `re` does, in limited time: some go back over a name exponentially often.
+
+    Raises:
+        ValueError: If it takes too long.
+    """
+    try:
+        return match(pattern, name, timeout=MATCHING_SECONDS)
+    except TimeoutError as error:
+        raise ValueError(
+            f"The regular expression {shortened(repr(pattern))} takes more than {MATCHING_SECONDS:.0f} seconds to match the "
+            f"name {name!r}. Write it without repetitions inside repetitions, or name modules by suffix."
+        ) from error
 
 
 def restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlusConfig) -> list[str]:
@@ -192,12 +221,12 @@ def restrict_to_layers(model: nn.Module, names: Iterable[str], config: PrefixPlu
             stacks.setdefault(stack, []).append((index, name))
     if not stacks:
         raise ValueError(
-            f"`layers_to_transform` is {config.layers_to_transform}, but no attention module lies in a numbered layer "
+            f"`layers_to_transform` is {shortened(str(config.layers_to_transform))}, but no attention module lies in a numbered layer "
             f"(`layers_pattern` is {config.layers_pattern!r}). The modules are {_examples(list(names))}."
         )
     lengths = {stack: len(model.get_submodule(stack)) for stack in stacks}  # type: ignore[arg-type]
     chosen: set[str] = set()
-    for layer in wanted:
+    for layer in dict.fromkeys(wanted):
         hits = {
             name
             for stack, members in stacks.items()
@@ -240,9 +269,9 @@ def layer_of(name: str, layers_pattern: str | list[str] | None) -> tuple[str | N
     """Split a module's name into the name of its stack of layers and its layer's index, as PEFT counts layers."""
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        match = re.match(rf"(?P<stack>(?:|.*?\.)(?:{pattern}))\.(?P<index>\d+)\.", name)
+        match = _match(numbered_layer(pattern), name, regex.match)
         if match is not None:
-            return match["stack"], int(match["index"])
+            return match[1], int(match[match.re.groups])
     return None, -1
 
 

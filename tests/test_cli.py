@@ -7,8 +7,10 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,14 @@ from models import SCALING_SIZE
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from peft_prefix_plus import PrefixPlusConfig, prefix_attention_mass, prefix_key_values
 from peft_prefix_plus.cli import main
@@ -464,3 +473,192 @@ main(["params"])
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert 'pip install "peft-prefix-plus[cli]"' in result.stderr and "typer" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- broken files and values
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an adapter, with a tokenizer."""
+    directory = tmp_path_factory.mktemp("adapter")
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(str(directory))
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def copied(directory: Path, target: Path) -> Path:
+    shutil.copytree(directory, target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", -1], "`seed` must be at least 0, got -1"),
+        (["--seed", 2**32], "`seed` must be at most 4294967295"),
+        (["--max-length", 1], "`max_length` must be at least 2, got 1"),
+        (["--weight-decay", -1], "`weight_decay` must be at least 0"),
+        (["--weight-decay", "nan"], "`weight_decay` must be at least 0, got nan"),
+        (["--learning-rate", "nan"], "`learning_rate` must be positive and finite, got nan"),
+        (["--epochs", "inf"], "`epochs` must be positive and finite, got inf"),
+        (["--warmup-steps", -1], "`warmup_steps` must be at least 0"),
+        (["--logging-steps", 0], "`logging_steps` must be at least 1"),
+        (["--batch-size", 10**30], "`batch_size` must be at most 2147483647"),
+        (["--num-virtual-tokens", 10**30], "`num_virtual_tokens` must be at most 2147483647"),
+        (["--target-modules", "a{99999999999999999999}"], "no valid regular expression"),
+        (["--target-modules", "(" * 5000 + ")" * 5000], "no valid regular expression"),
+        (["--layers-to-transform", 0, "--layers-pattern", "(?x)layers#"], "no valid regular expression"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_and_patterns_out_of_range_are_refused_in_words(
+    base: Path, data: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    assert message in failure(*training(base, data, tmp_path / "adapter", *options))
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sample", "--top-k", -1], "`top_k` must be at least 0, got -1"),
+        (["--sample", "--top-p", 5], "`top_p` must be in (0, 1], got 5.0"),
+        (["--sample", "--top-p", "nan"], "`top_p` must be in (0, 1], got nan"),
+        (["--sample", "--temperature", "nan"], "`temperature` must be positive and finite, got nan"),
+        (["--sample", "--seed", -1], "`seed` must be at least 0"),
+        (["--temperature", 0.5], "`temperature` is 0.5, but without --sample"),
+        (["--top-p", 0.5], "`top_p` is 0.5, but without --sample"),
+        (["--top-k", 5], "`top_k` is 5, but without --sample"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_generate_refuses_values_that_mean_nothing(options: list[object], message: str) -> None:
+    assert message in failure("generate", "--adapter", "none", "--prompt", "red", *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_model.safetensors", b"not a file of tensors"),
+        ("adapter_model.safetensors", b""),
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b'{"peft_type": "NOT_A_METHOD"}'),
+        ("adapter_config.json", b"[" * 100_000),
+        ("adapter_config.json", b'{"peft_type": "PREFIX_PLUS", "num_virtual_tokens": [3]}'),
+        ("adapter_config.json", b'{"peft_type": "PREFIX_PLUS", "encoder_dropout": 1' + b"0" * 400 + b"}"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("command", ["generate", "inspect", "convert"])
+def test_a_broken_file_is_one_line_of_words(
+    adapter: Path, tmp_path: Path, command: str, name: str, content: bytes
+) -> None:
+    broken = copied(adapter, tmp_path / "broken")
+    (broken / name).write_bytes(content)
+    arguments = {
+        "generate": ["generate", "--adapter", broken, "--prompt", "red"],
+        "inspect": ["inspect", broken],
+        "convert": ["convert", "--adapter", broken, "--output", tmp_path / "new"],
+    }
+    message = failure(*arguments[command])
+    assert re.match(r"Error: Cannot (load|convert) the adapter ", message)
+    assert "\n" not in message.strip()
+
+
+def test_weights_that_were_pickled_with_code_are_refused_in_words(adapter: Path, tmp_path: Path) -> None:
+    broken = copied(adapter, tmp_path / "broken")
+    (broken / "adapter_model.safetensors").unlink()
+    (broken / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert "Cannot load the adapter" in failure("inspect", broken)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "\\ud800"}', "'text' has a lone surrogate, '\\ud800' at character 0"),
+        ("[" * 100_000, "line 1: cannot read [["),
+        ('{"text": ' + "1" * 5000 + "}", "line 1: cannot read"),
+    ],
+    ids=["lone surrogate", "nested too deep", "number of 5000 digits"],
+)
+def test_a_line_that_json_or_utf8_cannot_take_is_refused_in_words(
+    base: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(line + "\n", encoding="utf-8")
+    assert message in failure(*training(base, data, tmp_path / "adapter"))
+
+
+def test_a_prompt_with_a_lone_surrogate_is_refused_in_words(adapter: Path) -> None:
+    assert "The prompt has a lone surrogate" in failure("generate", "--adapter", adapter, "--prompt", "red \udcff")
+
+
+def test_a_tokenizer_of_another_model_is_refused_in_words(
+    base: Path, data: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = copied(base, tmp_path / "other")
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(5)
+    model.save_pretrained(other)
+    for arguments in (
+        training(other, data, tmp_path / "output"),
+        ["generate", "--adapter", adapter, "--model", other, "--prompt", "red table"],
+        ["inspect", adapter, "--base", other, "--data", data],
+    ):
+        message = failure(*arguments)
+        assert "vocabulary has 5 tokens" in message and "The tokenizer gives the token" in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.fixture(scope="module")
+def few_positions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model that has learned 8 positions."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    sizes = dict(n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes)).save_pretrained(directory)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_records_are_cut_to_a_models_positions(
+    few_positions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "the big red table is on the box a cup"}, {"text": "a cup"}])
+    output = tmp_path / "adapter"
+    run(*training(few_positions, data, output, "--max-steps", 1))
+    assert "1 of 2 records have more than 8 tokens and are cut" in capsys.readouterr().err
+    run("inspect", output, "--data", data)
+    run("generate", "--adapter", output, "--prompt", "red table", "--max-new-tokens", 6)
+    message = failure("generate", "--adapter", output, "--prompt", "red table")
+    assert "The model has 8 positions, which is less than the 2 tokens of the longest prompt" in message
+    assert "--max-new-tokens 128" in message
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused_without_a_list_of_classes(
+    data: Path, adapter: Path, tmp_path: Path
+) -> None:
+    T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    word_tokenizer().save_pretrained(tmp_path / "t5")
+    for arguments in (
+        ["params", "--model", tmp_path / "t5"],
+        ["inspect", adapter, "--base", tmp_path / "t5"],
+        training(tmp_path / "t5", data, tmp_path / "output"),
+    ):
+        message = failure(*arguments)
+        assert "is a model of the type 't5', which is no causal language model" in message
+        assert len(message) < 400 + len(str(tmp_path))
+
+
+def test_inspect_without_data_warns_of_nothing(adapter: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no weights yet")
+        run("inspect", adapter)
+
+
+def test_an_output_that_cannot_be_made_is_refused_in_words(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    message = failure(*training(base, data, tmp_path / "file" / "adapter"))
+    assert "Cannot write to --output" in message

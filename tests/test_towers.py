@@ -8,6 +8,8 @@ import transformers
 from models import adapter_parameters, prefix_config, prefix_layers
 from peft import PeftModel, get_peft_model
 
+from peft_prefix_plus.geometry import probe
+
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 IMAGE = dict(image_size=16, patch_size=8)
@@ -54,11 +56,48 @@ def whisper():
     return model, {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.tensor([[2, 5], [2, 6]])}
 
 
+def trocr():
+    decoder = dict(
+        vocab_size=64,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=32,
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(**SIZES, **IMAGE), transformers.TrOCRConfig(**decoder)
+    )
+    model = transformers.VisionEncoderDecoderModel(config)
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16), "decoder_input_ids": torch.tensor([[2, 5], [2, 6]])}
+
+
+def idefics():
+    config = transformers.IdeficsConfig(
+        **SIZES,
+        vocab_size=64,
+        additional_vocab_size=2,
+        use_resampler=True,
+        cross_layer_interval=1,
+        vision_config=dict(embed_dim=32, **SIZES, **IMAGE),
+        perceiver_config=dict(resampler_n_latents=4, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=8),
+    )
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    return transformers.IdeficsForVisionText2Text(config), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 1, 3, 16, 16),
+        "image_attention_mask": torch.ones(2, 3, 1, dtype=torch.long),
+    }
+
+
 CASES = {
     "vit": (vit, None, 2),
     "clip, its text model": (clip_text, None, 2),
     "clip, the text side": (clip, r".*text_model.*self_attn", 2),
     "clip, the image side": (clip, r".*vision_model.*self_attn", 2),
+    "trocr": (trocr, None, 6),
+    "idefics, its language model": (idefics, r"model\.layers\..*self_attn", 2),
     "whisper, all": (whisper, None, 6),
     "whisper, the encoder": (whisper, r".*\.encoder\..*self_attn", 2),
 }
@@ -94,3 +133,21 @@ def output_of(model, inputs):
 def main_output(outputs):
     names = ("logits", "logits_per_image", "last_hidden_state")
     return next(outputs[name] for name in names if name in outputs)
+
+
+def test_the_kinds_of_attention_in_an_image_to_text_model():
+    model, _ = trocr()
+    kinds = {name: geometry.kind for name, geometry in probe(model.eval()).items()}
+    assert {kinds[name] for name in kinds if name.startswith("encoder.")} == {"encoder"}
+    assert {kinds[name] for name in kinds if name.endswith("self_attn")} == {"self"}
+    assert {kinds[name] for name in kinds if name.endswith("encoder_attn")} == {"cross"}
+
+
+@pytest.mark.parametrize("build", [idefics], ids=lambda build: build.__name__)
+def test_a_model_that_needs_an_image_beside_its_text_takes_an_adapter(build):
+    model, inputs = build()
+    tuned = get_peft_model(model.eval(), prefix_config()).eval()
+    expected = output_of(tuned.get_base_model(), inputs)
+    with tuned.disable_adapter():
+        assert not torch.allclose(output_of(tuned, inputs), expected)
+    assert any("layers" in name for name in prefix_layers(tuned))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,9 @@ def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction
     raise ValueError(f"{module_class.__name__}.forward names no eager attention function of its own module.")
 
 
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether `torch.export` runs, and with it `torch.onnx.export`; torch 2.6 cannot tell."""
+
 EXCLUDING_ARGUMENTS = {
     "output_attentions": "attention weights are asked for",
     "dropout": "attention dropout",
@@ -107,6 +111,8 @@ def why_concatenate(
         return "a transform of torch.func, which kernels called by hand know nothing of"
     if implementation != "sdpa":
         return "another implementation than sdpa"
+    if is_exporting():
+        return "export to where torch's private kernels may not be"
     if prefix.reads == "both":
         return "prefixes for rotated and for unrotated queries"
     for name, value in kwargs.items():

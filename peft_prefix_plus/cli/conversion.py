@@ -50,7 +50,7 @@ def convert(settings: ConversionSettings) -> str:
             "and PREFIX_PLUS adapters."
         )
     base = load_model(base_model_name(settings.adapter, config, settings.model), settings.dtype)
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot convert the adapter {settings.adapter!r}"):
+    with shown_as_command_error(Exception, while_doing=f"Cannot convert the adapter {settings.adapter!r}"):
         if config.peft_type == PREFIX_PLUS:
             to_prefix_tuning(PeftModel.from_pretrained(base, settings.adapter), save_directory=settings.output)
             return PeftType.PREFIX_TUNING.value

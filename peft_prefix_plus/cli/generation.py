@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from .errors import CommandError
-from .loading import check_dtype, load_adapted_model
-from .records import padding_id, prompt_ids, read_prompts
+from .errors import CommandError, check_numbers, check_positive
+from .loading import LARGEST_SEED, check_dtype, load_adapted_model, num_positions
+from .records import check_text, check_vocabulary, padding_id, prompt_ids, read_prompts
 
 
 @dataclass(kw_only=True)
@@ -56,11 +56,17 @@ class GenerationSettings:
         check_dtype(self.dtype)
         if self.prompt is not None and self.data is not None:
             raise ValueError("--prompt and --data contradict each other.")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        check_numbers(self, 1, "max_new_tokens", "batch_size")
+        check_positive(self, "temperature")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+        check_numbers(self, 0, "top_k")
+        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
+        for name, unused in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, name) != unused and not self.sample:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but without --sample the likeliest token is taken. Add --sample."
+                )
 
 
 def generate(settings: GenerationSettings) -> None:
@@ -79,6 +85,8 @@ def generate(settings: GenerationSettings) -> None:
         prompts = [sys.stdin.read().removesuffix("\n") if settings.prompt is None else settings.prompt]
     if not any(prompts):
         raise CommandError("There is no prompt. Give one by --prompt or on standard input, or several by --data.")
+    if settings.data is None:
+        check_text("The prompt", prompts[0])
     model, tokenizer = load_adapted_model(settings.adapter, settings.model, settings.dtype)
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.sample:
@@ -122,6 +130,8 @@ def complete(
     model.eval()
     padding = padding_id(tokenizer)
     encoded = [prompt_ids(prompt, tokenizer) or [padding] for prompt in prompts]
+    check_vocabulary(model, tokenizer, encoded)
+    check_positions(model, max(map(len, encoded), default=0), max_new_tokens)
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         length = max(map(len, batch))
@@ -138,3 +148,18 @@ def complete(
             **kwargs,
         )
         yield from tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+def check_positions(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """
+    Raise unless a model has positions for a prompt and what it writes.
+
+    Raises:
+        CommandError: If it has not.
+    """
+    limit = num_positions(model)
+    if limit is not None and num_prompt_tokens + max_new_tokens > limit:
+        raise CommandError(
+            f"The model has {limit} positions, which is less than the {num_prompt_tokens} tokens of the longest prompt and "
+            f"--max-new-tokens {max_new_tokens}. Shorten the prompt, or ask for fewer tokens."
+        )

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..diagnostics import prefix_attention_mass
 from ..model import layers_with_adapter
 from ..plots import plot_attention_mass, plot_prefix_norms, plot_training_curve, require_matplotlib
-from .errors import CommandError, shown_as_command_error
+from .errors import CommandError, check_numbers, shown_as_command_error
 from .loading import check_dtype, load_adapted_model, load_config, load_without_base_weights
 from .records import Collator, padding_id, read_records
 from .training import checkpoints, encode_all
@@ -46,9 +46,7 @@ class InspectionSettings:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self, 1, "batch_size", "max_length")
 
 
 class Row(NamedTuple):
@@ -89,7 +87,7 @@ def inspect(settings: InspectionSettings) -> None:
         model = load_without_base_weights(settings.adapter, settings.base, "--base")
     else:
         model, tokenizer = load_adapted_model(settings.adapter, settings.base, settings.dtype, "--base")
-        encoded = encode_all(records, tokenizer, settings.max_length)
+        encoded = encode_all(records, tokenizer, settings.max_length, model)
         collate = Collator(padding_id(tokenizer))
         starts = range(0, len(encoded), settings.batch_size)
         masses = mean_masses(model, [collate(encoded[start : start + settings.batch_size]) for start in starts])

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import load_peft_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ..config import PrefixPlusConfig
 from ..model import PrefixPlusModel
@@ -17,6 +27,14 @@ from .errors import CommandError, shown_as_command_error
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that numpy takes."""
+
+
+def reading(what: str) -> AbstractContextManager[None]:
+    """Show what a file that the user names makes its readers raise, which is of any class, as a [`CommandError`]."""
+    return shown_as_command_error(Exception, while_doing=f"Cannot load {what}")
 
 
 def check_dtype(name: str) -> None:
@@ -38,8 +56,39 @@ def load_model(name: str, dtype: str = "auto") -> Any:
         name (`str`): A directory or a name on the Hub.
         dtype (`str`): One of `DTYPES`; "auto" is the one that the checkpoint was saved in.
     """
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the model {name!r}"):
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    config = load_model_config(name)
+    with reading(f"the model {name!r}"):
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+
+
+def load_model_config(name: str) -> PreTrainedConfig:
+    """
+    Load the configuration of a causal language model.
+
+    Args:
+        name (`str`): A directory or a name on the Hub.
+
+    Raises:
+        CommandError: If it cannot be loaded, or is another kind of model's.
+    """
+    with reading(f"the configuration of {name!r}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CommandError(
+            f"{name!r} is a model of the type {config.model_type!r}, which is no causal language model; the command works "
+            "with those. Use PrefixPlusConfig and peft.get_peft_model for other models."
+        )
+    return config
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """Return how many positions a model has learned, or has in a table, or `None` if it computes any."""
+    config: Any = model.config
+    if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -49,7 +98,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Args:
         name (`str`): A directory or a name on the Hub.
     """
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the tokenizer of {name!r}"):
+    with reading(f"the tokenizer of {name!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     return tokenizer
 
@@ -64,7 +113,7 @@ def load_adapter_config(adapter: str) -> PeftConfig:
     Raises:
         CommandError: If there is none.
     """
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
+    with reading(f"the adapter {adapter!r}"):
         config: PeftConfig = PeftConfig.from_pretrained(adapter)
     return config
 
@@ -117,7 +166,7 @@ def load_adapted_model(
     """
     base = base_model_name(adapter, load_config(adapter), model, option)
     base_model = load_model(base, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
+    with reading(f"the adapter {adapter!r}"):
         adapted = PeftModel.from_pretrained(base_model, adapter)
     has_tokenizer = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
     is_directory = os.path.isdir(adapter)
@@ -134,8 +183,9 @@ def load_without_base_weights(adapter: str, model: str | None = None, option: st
         option (`str`): The option that `model` is given by.
     """
     config = load_config(adapter)
+    config.awaits_weights = True
     base_model = model_on_meta_device(base_model_name(adapter, config, model, option))
-    with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the adapter {adapter!r}"):
+    with reading(f"the adapter {adapter!r}"):
         adapted: Any = get_peft_model(base_model, config)
         weights = load_peft_weights(adapter, device="cpu")
         weights = PrefixPlusModel._remap_adapter_state_dict_for_load(adapted, config, "default", weights)
@@ -162,7 +212,6 @@ def model_on_meta_device(name: str | None) -> Any:
             tie_word_embeddings=False,
         )
     else:
-        with shown_as_command_error(OSError, ValueError, while_doing=f"Cannot load the configuration of {name!r}"):
-            config = AutoConfig.from_pretrained(name)
+        config = load_model_config(name)
     with torch.device("meta"), shown_as_command_error(ValueError, while_doing=f"Cannot build {name!r}"):
         return AutoModelForCausalLM.from_config(config)

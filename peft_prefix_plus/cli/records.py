@@ -74,6 +74,8 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise CommandError(
                 f"{place}: expected one JSON object per line, found {_shorten(line)} ({error.msg}, column {error.colno})."
             ) from error
+        except (RecursionError, ValueError) as error:  # nested too deep, or numbers of thousands of digits
+            raise CommandError(f"{place}: cannot read {_shorten(line)}: {error}.") from error
         if not isinstance(fields, dict):
             raise CommandError(f"{place}: expected a JSON object, found {_shorten(line)}.")
         found.append((place, fields))
@@ -104,7 +106,49 @@ def _string(place: str, fields: dict[str, Any], key: str) -> str:
         raise CommandError(f"{place}: expected the key {key!r}; found {', '.join(map(repr, fields)) or 'none'}.")
     if not isinstance(fields[key], str):
         raise CommandError(f"{place}: {key!r} must be a string, found {_shorten(json.dumps(fields[key]))}.")
-    return str(fields[key])
+    return check_text(f"{place}: {key!r}", fields[key])
+
+
+def check_text(name: str, text: str) -> str:
+    """
+    Return a text that a tokenizer can read.
+
+    Args:
+        name (`str`): What to call it in an error.
+        text (`str`): The text.
+
+    Raises:
+        CommandError: If it has half of a surrogate pair, which stands for no character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(
+            f"{name} has a lone surrogate, {text[error.start]!a} at character {error.start}, which is no character. "
+            "Write the text in UTF-8, or both halves of the pair."
+        ) from error
+    return text
+
+
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> None:
+    """
+    Check that a model has all tokens that a tokenizer gives.
+
+    Args:
+        model: The model.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        token_ids (`Sequence[Sequence[int]]`): What it made of the texts.
+
+    Raises:
+        CommandError: If the tokenizer is another model's.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    largest = max([padding_id(tokenizer), *(token for tokens in token_ids for token in tokens)])
+    if largest >= size:
+        raise CommandError(
+            f"The tokenizer gives the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's "
+            f"vocabulary has {size} tokens. Use the tokenizer that belongs to the model, or resize the model's embeddings."
+        )
 
 
 def _shorten(text: str, limit: int = 60) -> str:

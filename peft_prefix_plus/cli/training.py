@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
 from ..hub import update_model_card
-from .errors import CommandError, shown_as_command_error
-from .loading import check_dtype, load_model, load_tokenizer
-from .records import Collator, EncodedRecord, Record, encode, padding_id, read_records
+from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
+from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
+from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records
 
 
 @dataclass(kw_only=True)
@@ -70,13 +71,14 @@ class TrainingSettings:
         check_dtype(self.dtype)
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other.")
-        if self.max_steps <= 0 and self.epochs <= 0:
-            raise ValueError(f"`epochs` must be positive, got {self.epochs}.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
-        for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_positive(self, "learning_rate", *(["epochs"] if self.max_steps <= 0 else []))
+        check_numbers(self, 0, "warmup_steps", "weight_decay")
+        check_numbers(
+            self, 1, "batch_size", "gradient_accumulation", "save_steps", "keep_checkpoints", "logging_steps"
+        )
+        check_numbers(self, -1, "max_steps")
+        check_numbers(self, 2, "max_length")  # the loss is on what comes after a token
+        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
 
 
 def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
@@ -98,13 +100,17 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
     records = read_records(settings.data)
     eval_records = read_records(settings.eval_data) if settings.eval_data is not None else None
     tokenizer = load_tokenizer(settings.model)
-    dataset = encode_all(records, tokenizer, settings.max_length)
-    eval_dataset = None if eval_records is None else encode_all(eval_records, tokenizer, settings.max_length)
     base_model = load_model(settings.model, settings.dtype)
+    dataset = encode_all(records, tokenizer, settings.max_length, base_model)
+    eval_dataset = (
+        None if eval_records is None else encode_all(eval_records, tokenizer, settings.max_length, base_model)
+    )
     set_seed(settings.seed)
     with shown_as_command_error(ValueError, TypeError):
         arguments = training_arguments(settings, has_eval_data=eval_dataset is not None)
         model = get_peft_model(base_model, config)
+    with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
+        settings.output.mkdir(parents=True, exist_ok=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.print_trainable_parameters()
@@ -148,9 +154,24 @@ def training_arguments(settings: TrainingSettings, has_eval_data: bool) -> Train
     )
 
 
-def encode_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedRecord]:
-    """Encode the records, and say on stderr how many are longer than what the model gets to see."""
+def encode_all(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, model: nn.Module
+) -> list[EncodedRecord]:
+    """
+    Encode the records, and say on stderr how many are longer than what the model gets to see.
+
+    Args:
+        records (`Sequence[Record]`): The records.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        max_length (`int`): The most tokens per record, if the model has as many positions.
+        model (`nn.Module`): The model that is to read them.
+
+    Raises:
+        CommandError: If the tokenizer is not that of the model.
+    """
     encoded = [encode(record, tokenizer) for record in records]
+    check_vocabulary(model, tokenizer, [record.token_ids for record in encoded])
+    max_length = min(max_length, num_positions(model) or max_length)
     num_long = sum(len(record.token_ids) > max_length for record in encoded)
     if num_long:
         print(f"{num_long} of {len(records)} records have more than {max_length} tokens and are cut.", file=sys.stderr)
@@ -214,7 +235,7 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig) -> None:
     Raises:
         CommandError: If it is not.
     """
-    saved = PeftConfig.from_pretrained(str(checkpoint))
+    saved = load_adapter_config(str(checkpoint))
     inherited = {item.name for item in dataclasses.fields(PeftConfig)}
     names = [item.name for item in dataclasses.fields(PrefixPlusConfig) if item.name not in inherited]
     differing = [
