@@ -87,8 +87,8 @@ class PrefixPlusConfig(PeftConfig):
             Where positions rotate queries and keys (RoPE): whether the prefix meets queries as they are before their rotation,
             so that it finds the same in a query wherever that stands. `False` puts the prefix at fixed positions before
             the text, where PREFIX_TUNING has it, and a text's own keys and values are. `None` means `True` if all chosen
-            attention modules have no such rotation or one that can be undone; what it came to is in the configuration after
-            the adapter is added, and saved. Measured, `True` learns far better.
+            attention modules have no such rotation or one that can be undone; what it resolved to is in
+            `model.peft_config`, and saved. Measured, `True` learns far better.
         init_weights (`bool` or `str`, defaults to `True`):
             `True`: a quiet start, beside the base model: random keys that the attention module's own queries pass over, and
             values of zero; with a gate, a closed one over random values. `False` or `"random"`: random keys and values

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +100,8 @@ class PrefixPlusModel(BaseTuner):
         """
         Add an adapter's layers to the model, or raise and leave the model as it was.
 
+        The configuration in `peft_config` is replaced by a copy, which says what was resolved: the caller's own is not changed.
+
         Args:
             model (`nn.Module`): The model.
             adapter_name (`str`): The adapter, whose configuration is in `peft_config`.
@@ -106,10 +109,10 @@ class PrefixPlusModel(BaseTuner):
             low_cpu_mem_usage (`bool`, defaults to `False`): Make the parameters on the meta device.
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
-        config: Any = self.peft_config[adapter_name]
-        target_modules, position_free = config.target_modules, config.position_free
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])
         snapshot = Snapshot(model)
         try:
+            self.peft_config[adapter_name] = config
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
@@ -119,9 +122,11 @@ class PrefixPlusModel(BaseTuner):
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):
                     attention_family(model_config(module)._attn_implementation)
+            target_modules = config.target_modules
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             with keeping_others_modules(model, self._adapter_names()):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
             if adapter_name in self.active_adapters:
                 # PEFT leaves its copy of a module inactive where an adapter of another method has one too
                 self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
@@ -130,12 +135,10 @@ class PrefixPlusModel(BaseTuner):
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
         except BaseException:
-            config.position_free = position_free
             self._undo_adding(model, adapter_name, snapshot)
             raise
         finally:
             self._selection = None
-            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
 
@@ -417,7 +420,7 @@ class PrefixPlusModel(BaseTuner):
         config.awaits_weights = False
         expected = model.state_dict()
         try:
-            _check_checkpoint(expected, adapter_name, state_dict)
+            _check_checkpoint(expected, adapter_name, state_dict, _loadable_keys(model, adapter_name))
         except ValueError:
             if before is not None:
                 assert isinstance(tuner, cls)
@@ -519,16 +522,30 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
             )
 
 
+def _loadable_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Return the keys of a model's state dict that an adapter's checkpoint may fill: the adapter's own, and its copies of modules."""
+    loadable = _adapter_keys(model.state_dict(), adapter_name)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            path = name.replace("_fsdp_wrapped_module.", "")  # which FSDP's state dict does not have
+            loadable.update(f"{path}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+    return loadable
+
+
 def _check_checkpoint(
-    expected: Mapping[str, torch.Tensor], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    expected: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    state_dict: Mapping[str, torch.Tensor],
+    loadable: Collection[str],
 ) -> None:
     """
-    Raise unless a checkpoint has exactly the tensors of an adapter.
+    Raise unless a checkpoint has exactly the tensors of an adapter, and they are finite real numbers.
 
     Args:
         expected (`Mapping[str, torch.Tensor]`): The model's state dict.
         adapter_name (`str`): The adapter.
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, with the model's keys.
+        loadable (`Collection[str]`): The model's keys that it may have.
     """
     advice = (
         "The adapter was saved from another base model or with other settings. Load it into the model that its "
@@ -551,4 +568,20 @@ def _check_checkpoint(
             raise ValueError(
                 f"The checkpoint does not fit adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} in it "
                 f"and {tuple(expected[model_key].shape)} in the model. {advice}"
+            )
+        if model_key not in loadable:
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} has a tensor {key}, which is not the adapter's: loading it would change "
+                "the base model or another adapter. Remove it from the file, or name its module in `modules_to_save` when you "
+                "train."
+            )
+        if expected[model_key].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(
+                f"The checkpoint does not fit adapter {adapter_name!r}: {key} has dtype {tensor.dtype}, expected real numbers in "
+                "floating point. Save it in float32, bfloat16 or float16."
+            )
+        if not bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all()):
+            raise ValueError(
+                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {key}. Its training has probably diverged: load an "
+                "earlier checkpoint."
             )

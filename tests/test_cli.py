@@ -230,6 +230,9 @@ def test_a_used_output_directory_needs_a_word(base: Path, data: Path, tmp_path: 
     assert "is a file" in failure(*training(base, data, output / "notes.txt"))
     run(*training(base, data, output, "--max-steps", 1, "--save-steps", 1, "--overwrite"))
     assert (output / "notes.txt").read_text(encoding="utf-8") == "mine"
+    other = shutil.copytree(base, tmp_path / "another-base")
+    found = failure(*training(other, data, output, "--max-steps", 2, "--resume"))
+    assert f"the base model is {str(base)!r} there and {str(other)!r} here" in found
     message = failure(*training(base, data, output, "--resume", "--encoder-dim", 8))
     assert "encoder_dim is 64 there and 8 here" in message
 

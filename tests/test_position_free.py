@@ -480,9 +480,8 @@ def test_a_rotation_that_cannot_be_undone_is_left_or_refused():
             transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
         )
 
-    config = PrefixPlusConfig()
-    get_peft_model(gptj(), config)
-    assert config.position_free is False
+    model = get_peft_model(gptj(), PrefixPlusConfig())
+    assert model.peft_config["default"].position_free is False
     model, config = gptj(), PrefixPlusConfig(position_free=True)
     modules = [type(module) for module in model.modules()]
     with pytest.raises(

@@ -9,7 +9,7 @@ gives another result, or raises, is not used there, and a warning says so.
 The environment variable PREFIX_PLUS_KERNEL_CHECK=0 switches this off: all kernels are then used untried.
 
 The trial runs in a thread of its own, where the modes of the caller (gradients, inference, autocast, functions and dispatches
-that are intercepted, a trace of torch.compile or torch.export) do not exist. It draws no random numbers of theirs. torch.compile
+that are intercepted, a trace of torch.compile) do not exist. It draws no random numbers of theirs. torch.compile
 calls [`is_proven`] while it traces, and the graph holds the outcome. While a CUDA graph is captured nothing can be tried: a kernel
 that has not been tried before gives way to the concatenating way in this graph.
 """

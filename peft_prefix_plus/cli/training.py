@@ -206,7 +206,7 @@ def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path
         )
     if not complete:
         raise CommandError(f"--resume: {output} is not empty but has no complete checkpoint. Use --overwrite.")
-    check_same_config(complete[-1], config)
+    check_same_config(complete[-1], config, settings.model)
     return complete[-1]
 
 
@@ -228,9 +228,9 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def check_same_config(checkpoint: Path, config: PrefixPlusConfig) -> None:
+def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:
     """
-    Check that a checkpoint is of an adapter with this configuration.
+    Check that a checkpoint is of an adapter with this configuration, of this base model.
 
     Raises:
         CommandError: If it is not.
@@ -244,6 +244,9 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig) -> None:
         if getattr(saved, name, None) != getattr(config, name)
         and (name, getattr(config, name)) != ("position_free", None)  # what that comes to is in the saved one
     ]
+    base = saved.base_model_name_or_path
+    if base is not None and Path(base).absolute() != Path(model).absolute():
+        differing.append(f"the base model is {base!r} there and {model!r} here")
     if differing:
         raise CommandError(
             f"--resume: the checkpoint {checkpoint} is of another adapter ({'; '.join(differing)}). Repeat the options "
