@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import re
 import threading
@@ -100,8 +99,6 @@ class PrefixPlusModel(BaseTuner):
         """
         Add an adapter's layers to the model, or raise and leave the model as it was.
 
-        The configuration in `peft_config` is replaced by a copy, which says what was resolved: the caller's own is not changed.
-
         Args:
             model (`nn.Module`): The model.
             adapter_name (`str`): The adapter, whose configuration is in `peft_config`.
@@ -109,10 +106,10 @@ class PrefixPlusModel(BaseTuner):
             low_cpu_mem_usage (`bool`, defaults to `False`): Make the parameters on the meta device.
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
-        config: Any = copy.deepcopy(self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        target_modules, position_free = config.target_modules, config.position_free
         snapshot = Snapshot(model)
         try:
-            self.peft_config[adapter_name] = config
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
@@ -122,11 +119,9 @@ class PrefixPlusModel(BaseTuner):
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):
                     attention_family(model_config(module)._attn_implementation)
-            target_modules = config.target_modules
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             with keeping_others_modules(model, self._adapter_names()):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
             if adapter_name in self.active_adapters:
                 # PEFT leaves its copy of a module inactive where an adapter of another method has one too
                 self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
@@ -135,10 +130,12 @@ class PrefixPlusModel(BaseTuner):
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
         except BaseException:
+            config.position_free = position_free
             self._undo_adding(model, adapter_name, snapshot)
             raise
         finally:
             self._selection = None
+            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
         if config.awaits_weights:
             self._before_loading[adapter_name] = snapshot
 

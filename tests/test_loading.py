@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from models import VOCABULARY, output_of, prefixed, tiny_model, token_ids
-from peft import PeftModel, get_peft_model
+from models import output_of, prefixed, tiny_model, token_ids
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-
-from peft_prefix_plus import PrefixPlusConfig
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -108,18 +105,3 @@ def test_real_numbers_of_any_width_are_taken(tmp_path, dtype):
     # bfloat16 has eight bits
     difference = output_of(loaded, input_ids=token_ids()) - output_of(model, input_ids=token_ids())
     assert difference.abs().max() < 0.05
-
-
-def test_one_configuration_serves_several_models_and_is_never_changed():
-    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    before = config.to_dict()
-    first = get_peft_model(tiny_model(), config)
-    sizes: dict[str, Any] = dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    gptj = transformers.GPTJForCausalLM(transformers.GPTJConfig(vocab_size=VOCABULARY, **sizes))
-    second = get_peft_model(gptj, config)
-    third = get_peft_model(tiny_model(), config)
-    assert config.to_dict() == before and config.position_free is None
-    resolved = [model.peft_config["default"].position_free for model in (first, second, third)]
-    assert resolved == [True, False, True]
-    first.add_adapter("other", config)
-    assert config.to_dict() == before
