@@ -94,6 +94,8 @@ def probe_inputs(
     make = _Maker(model, num_tokens, device)
     parameters = inspect.signature(model.forward).parameters
     main = model.main_input_name if isinstance(model.main_input_name, str) else model.main_input_name[0]
+    if main == "inputs":  # Perceiver's, of any kind: another argument says of which
+        main = next((name for name in ("input_ids", "pixel_values") if name in parameters), main)
     if main not in _MAKERS and main not in TEXT_INPUTS:
         main = "input_ids"
     decoder = {}

@@ -64,7 +64,6 @@ REFUSED = {
     "ReformerForSequenceClassification",
     "ReformerModelWithLMHead",
     "RwkvForCausalLM",
-    "VoxtralRealtimeForConditionalGeneration",
     "XLNetForSequenceClassification",
     "XLNetLMHeadModel",
     "YosoForSequenceClassification",
