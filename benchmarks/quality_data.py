@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from peft_prefix_plus.cli.demo_text import examples
 from peft_prefix_plus.cli.records import Collator, Record, encode
-from peft_prefix_plus.demo_text import examples
 
 
 BEGIN, END = "<s>", "</s>"

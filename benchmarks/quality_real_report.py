@@ -12,7 +12,7 @@ from quality_report import Section, draw_ranges, versions
 from quality_runs import rank
 from rich.console import Console
 
-from peft_prefix_plus.hub import write_atomically
+from peft_prefix_plus.saving.files import write_atomically
 
 
 @dataclass(frozen=True)

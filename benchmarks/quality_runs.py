@@ -18,7 +18,7 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peft_prefix_plus.hub import write_atomically
+from peft_prefix_plus.saving.files import write_atomically
 
 
 class Run(Protocol):

@@ -39,7 +39,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_prefix_plus import prefix_plus_param_groups, prune_layers, suggest_layers
-from peft_prefix_plus.hub import write_atomically
+from peft_prefix_plus.saving.files import write_atomically
 
 
 TEXT = (

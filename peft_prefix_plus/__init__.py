@@ -2,19 +2,19 @@
 
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
-from .conversion import flatten, prefix_key_values
-from .diagnostics import prefix_attention_mass
-from .fitting import Residual
-from .geometry import PROBE_NAME, probe_attention
-from .initialization import initialize_from_key_values, initialize_from_text
-from .inputs import example_inputs
+from .conversion.flatten import flatten, prefix_key_values
+from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
+from .insight.attention_mass import prefix_attention_mass
+from .insight.plots import plot_attention_mass, plot_prefix_norms, plot_training_curve
+from .insight.pruning import LayerSuggestion, prune_layers, suggest_layers
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
-from .optimization import prefix_plus_param_groups
-from .plots import plot_attention_mass, plot_prefix_norms, plot_training_curve
-from .prefix_tuning import from_prefix_tuning, to_prefix_tuning
-from .pruning import LayerSuggestion, prune_layers, suggest_layers
+from .probing.inputs import example_inputs
+from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
+from .starting.fitting import Residual
+from .starting.initialization import initialize_from_key_values, initialize_from_text
+from .training.parameter_groups import prefix_plus_param_groups
 
 
 __all__ = [

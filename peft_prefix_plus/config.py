@@ -14,8 +14,8 @@ import regex
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from .hub import update_card_of_saved_config, update_model_card, write_atomically
 from .registration import PREFIX_PLUS
+from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
 
 
 REPARAMETERIZATIONS = ("none", "linear", "mlp")

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapters.memo import Source
+from .adapters.running import RUNNING
+from .adapters.shared import PrefixPlusModule
 from .attention import (
     POSITIONS,
     ConfigView,
@@ -27,12 +30,10 @@ from .attention import (
     unfollow,
 )
 from .encoders import PrefixEncoder, Scaling, make_encoder
-from .geometry import AttentionGeometry, calls_attention_interface, execution_device
-from .memo import Source
+from .probing.geometry import AttentionGeometry
+from .probing.modules import calls_attention_interface, execution_device
 from .registration import METHOD_NAME
-from .running import RUNNING
-from .scaling import scale_and_start
-from .shared import PrefixPlusModule
+from .starting.scaling import scale_and_start
 
 
 if TYPE_CHECKING:

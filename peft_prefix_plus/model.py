@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
-import threading
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,27 +14,27 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapters.checkpoints import CONTAINERS, check_adapter_name, check_checkpoint, loadable_keys
+from .adapters.lookup import layers_with_adapter, prefix_layers
+from .adapters.other_methods import keeping_others_modules, leave_modules_to_others, require_free_name
+from .adapters.rows import pass_rows, stop_passing_rows
+from .adapters.running import keeping_prefixes, naming_rows
+from .adapters.shared import PrefixPlusModule, remove_shared_parts, shared_parts
+from .adapters.snapshot import Snapshot
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
 from .encoders import SHARED_PARTS
-from .fitting import fit, repeated
-from .geometry import calls_attention_interface
-from .hub import complete_model_cards
 from .layer import PrefixPlusLayer, attach, detach
-from .others import keeping_others_modules, leave_modules_to_others, require_free_name
-from .quiet import start_quietly
+from .probing.modules import calls_attention_interface
+from .probing.targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
 from .registration import METHOD_NAME, PREFIX_PLUS
-from .running import RUNNING, keeping_prefixes, naming_rows
-from .shared import PrefixPlusModule, SharedParts, remove_shared_parts, shared_parts
-from .snapshot import Snapshot
-from .targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
+from .saving.files import complete_model_cards
+from .starting.fitting import fit, repeated
+from .starting.quiet import start_quietly
 
 
 BASE_MODEL_NAME = "__base__"
 """What stands for no adapter in `adapter_names`."""
-
-CONTAINERS = (*PrefixPlusLayer.adapter_layer_names, *SharedParts.adapter_layer_names)
-"""The names of the dictionaries that hold parameters by adapter."""
 
 
 class PrefixPlusModel(BaseTuner):
@@ -125,7 +123,7 @@ class PrefixPlusModel(BaseTuner):
             if adapter_name in self.active_adapters:
                 # PEFT leaves its copy of a module inactive where an adapter of another method has one too
                 self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
-            _check_adapter_name(model, adapter_name)
+            check_adapter_name(model, adapter_name)
             self._start_as_measured(model, adapter_name)
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
@@ -325,7 +323,7 @@ class PrefixPlusModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 rows[module] = [name if name in module._adapters else BASE_MODEL_NAME for name in adapter_names]
-                _pass_rows(module)
+                pass_rows(module)
         with naming_rows(rows):
             yield
 
@@ -359,7 +357,7 @@ class PrefixPlusModel(BaseTuner):
         for _, layer in list(self.prefix_layers()):
             detach(layer.attention)
         remove_shared_parts(self.model)
-        _stop_passing_rows(self.model)
+        stop_passing_rows(self.model)
         if len(self._adapter_names()) < len(self.peft_config):
             leave_modules_to_others(self.model, self._adapter_names(), self.peft_config)
             for name in self._adapter_names():
@@ -417,7 +415,7 @@ class PrefixPlusModel(BaseTuner):
         config.awaits_weights = False
         expected = model.state_dict()
         try:
-            _check_checkpoint(expected, adapter_name, state_dict, _loadable_keys(model, adapter_name))
+            check_checkpoint(expected, adapter_name, state_dict, loadable_keys(model, adapter_name))
         except ValueError:
             if before is not None:
                 assert isinstance(tuner, cls)
@@ -431,68 +429,6 @@ class PrefixPlusModel(BaseTuner):
         }
 
 
-_PASSING_ROWS = threading.Lock()
-
-
-def _pass_rows(module: nn.Module) -> None:
-    """Let a module that PEFT saves a copy of per adapter know which row of a batch has which adapter."""
-    with _PASSING_ROWS:
-        if _name_rows not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_name_rows, with_kwargs=True)
-
-
-def _name_rows(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the forward of a module that PEFT saves a copy of per adapter: say which row has which."""
-    adapter_names = (RUNNING.rows or {}).get(module)
-    if adapter_names is None or kwargs is None:  # other threads may find the hook before it is known to take kwargs
-        return None
-    repeats = len(args[0]) // len(adapter_names) if args else 1
-    return args, {**kwargs, "adapter_names": [name for name in adapter_names for _ in range(repeats)]}
-
-
-def _stop_passing_rows(model: nn.Module) -> None:
-    """Undo [`_pass_rows`] in all modules of a model."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _name_rows:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-
-
-def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixPlusLayer]]:
-    """Yield the name of every attention module that carries a prefix, and its [`PrefixPlusLayer`]."""
-    for name, module in model.named_modules():
-        if isinstance(module, PrefixPlusLayer):
-            yield name.removesuffix(f".{METHOD_NAME}"), module
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """Return the base model of a `PeftModel` or a [`PrefixPlusModel`], and any other model as it is."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model.model if isinstance(model, PrefixPlusModel) else model
-
-
-def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixPlusLayer]]:
-    """
-    Return the layers that have an adapter, by the names that their attention modules have in the base model.
-
-    Args:
-        model (`nn.Module`): A `PeftModel`, a [`PrefixPlusModel`], or a base model with adapters injected.
-        adapter_name (`str`): The adapter.
-
-    Raises:
-        ValueError: If no layer has it.
-    """
-    layers = list(prefix_layers(base_of(model)))
-    found = [(name, layer) for name, layer in layers if adapter_name in layer.prefix_plus_encoder]
-    if not found:
-        adapters = sorted({name for _, layer in layers for name in layer.prefix_plus_encoder})
-        raise ValueError(f"There is no PREFIX_PLUS adapter named {adapter_name!r} in the model; it has {adapters}.")
-    return found
-
-
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter's parameters out of every layer, and the layer off every module that it leaves bare."""
     for _, layer in list(prefix_layers(model)):
@@ -500,85 +436,3 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not layer.prefix_plus_encoder:
             detach(layer.attention)
     remove_shared_parts(model, adapter_name)
-
-
-def _adapter_keys(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> set[str]:
-    """Return the keys of a model's state dict that are an adapter's."""
-    containers = "|".join(CONTAINERS)
-    is_adapter_key = re.compile(rf"(?:^|\.){METHOD_NAME}\.(?:{containers})\.{re.escape(adapter_name)}(?:\.|$)")
-    return {key for key in state_dict if is_adapter_key.search(key)}
-
-
-def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise if PEFT, which finds an adapter's name anywhere between the dots of a key, would mix up the keys."""
-    for key in _adapter_keys(model.state_dict(), adapter_name):
-        if f"base_model.model.{key}".split(".").count(adapter_name) > 1:
-            raise ValueError(
-                f"An adapter of this model cannot be named {adapter_name!r}: this is a part of the parameter name "
-                f"{key!r}, so PEFT could not tell its adapters apart when saving. Choose another name."
-            )
-
-
-def _loadable_keys(model: nn.Module, adapter_name: str) -> set[str]:
-    """Return the keys of a model's state dict that an adapter's checkpoint may fill: the adapter's own, and its copies of modules."""
-    loadable = _adapter_keys(model.state_dict(), adapter_name)
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
-            path = name.replace("_fsdp_wrapped_module.", "")  # which FSDP's state dict does not have
-            loadable.update(f"{path}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
-    return loadable
-
-
-def _check_checkpoint(
-    expected: Mapping[str, torch.Tensor],
-    adapter_name: str,
-    state_dict: Mapping[str, torch.Tensor],
-    loadable: Collection[str],
-) -> None:
-    """
-    Raise unless a checkpoint has exactly the tensors of an adapter, and they are finite real numbers.
-
-    Args:
-        expected (`Mapping[str, torch.Tensor]`): The model's state dict.
-        adapter_name (`str`): The adapter.
-        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, with the model's keys.
-        loadable (`Collection[str]`): The model's keys that it may have.
-    """
-    advice = (
-        "The adapter was saved from another base model or with other settings. Load it into the model that its "
-        "`base_model_name_or_path` names, with the `adapter_config.json` that it was saved with."
-    )
-    for key in sorted(_adapter_keys(expected, adapter_name)):
-        if key not in state_dict:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: it has no tensor for {key}, of shape "
-                f"{tuple(expected[key].shape)}. {advice}"
-            )
-    for key, tensor in state_dict.items():
-        model_key = key if key in expected else key.removeprefix("base_model.model.")
-        if model_key not in expected:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: it has a tensor {key}, of shape "
-                f"{tuple(tensor.shape)}, and the model has none of that name. {advice}"
-            )
-        if tensor.shape != expected[model_key].shape:
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} in it "
-                f"and {tuple(expected[model_key].shape)} in the model. {advice}"
-            )
-        if model_key not in loadable:
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has a tensor {key}, which is not the adapter's: loading it would change "
-                "the base model or another adapter. Remove it from the file, or name its module in `modules_to_save` when you "
-                "train."
-            )
-        if expected[model_key].is_floating_point() and not tensor.is_floating_point():
-            raise ValueError(
-                f"The checkpoint does not fit adapter {adapter_name!r}: {key} has dtype {tensor.dtype}, expected real numbers in "
-                "floating point. Save it in float32, bfloat16 or float16."
-            )
-        if not bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all()):
-            raise ValueError(
-                f"The checkpoint of adapter {adapter_name!r} has NaN or Inf in {key}. Its training has probably diverged: load an "
-                "earlier checkpoint."
-            )

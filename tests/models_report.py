@@ -71,7 +71,7 @@ def main() -> int:
         path = Path(folder) / "report.jsonl"
         os.environ["MODELS_REPORT"] = str(path)
         options = ["-m", "not soak", "-n", "auto", "-p", "no:warnings", "--tb=short", *sys.argv[1:]]
-        status = int(pytest.main([str(TESTS / "test_models.py"), "-k", "an_architecture", *options]))
+        status = int(pytest.main([str(TESTS / "probing" / "test_models.py"), "-k", "an_architecture", *options]))
         results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if status == 0:
         PAGE.write_text(page(results), encoding="utf-8")

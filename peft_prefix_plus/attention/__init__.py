@@ -1,27 +1,12 @@
 """Attention with a prefix. Nothing in here knows of PEFT."""
 
+from .call import AttentionOutput
 from .config_view import ConfigView, model_config, reads_implementation, set_config
 from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
-from .inline import (
-    UNSUPPORTED,
-    InlineAttention,
-    attend_inline,
-    follow,
-    may_compute_attention,
-    run_under,
-    unfollow,
-)
-from .mass import Observer, observed_attention
+from .inline import UNSUPPORTED, InlineAttention, attend_inline, follow, may_compute_attention, run_under, unfollow
+from .observed import Observer, observed_attention
 from .prefix import Prefix, concatenated
-from .reference import AttentionOutput
-from .rotary import (
-    POSITIONS,
-    PositionEmbeddings,
-    QueryRotation,
-    find_rotation,
-    has_known_form,
-    position_embeddings_of,
-)
+from .rotary import POSITIONS, PositionEmbeddings, QueryRotation, find_rotation, has_known_form, position_embeddings_of
 from .watching import THREAD, watching
 
 

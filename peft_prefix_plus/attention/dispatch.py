@@ -12,19 +12,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from .added import added_attention
+from .call import AttentionFunction, AttentionOutput
+from .concatenated import concatenated_attention, concatenated_flash_attention
 from .config_view import model_config
 from .fused import fused_attention
-from .masks import FlashMask, dense_flex_mask
+from .masks import FlashMask, dense_flex_mask, finite_additive, is_causal_call
 from .prefix import Prefix
-from .reference import (
-    AttentionFunction,
-    AttentionOutput,
-    added_attention,
-    concatenated_attention,
-    concatenated_flash_attention,
-    finite_additive,
-    is_causal_call,
-)
 from .rotary import POSITIONS
 from .selfcheck import find_kernel
 from .watching import THREAD

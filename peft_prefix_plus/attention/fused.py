@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from .kernels import AttentionKernel
+from .masks import finite_additive
 from .prefix import Prefix
-from .reference import finite_additive
 
 
 class _Call(NamedTuple):

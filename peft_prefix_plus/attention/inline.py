@@ -29,9 +29,11 @@ from torch.overrides import (
     _push_mode,
 )
 
-from .mass import Observer, prefix_probabilities
+from .added import added_attention
+from .concatenated import concatenated_attention
+from .masks import finite_additive
+from .observed import Observer, prefix_probabilities
 from .prefix import Prefix
-from .reference import added_attention, concatenated_attention, finite_additive
 from .watching import THREAD
 
 

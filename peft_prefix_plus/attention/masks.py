@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class FlashMask:
@@ -110,3 +111,16 @@ def dense_flex_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> torch.
     shapes = [(batch, 1, 1, 1), (1, 1, 1, 1), (1, 1, tokens, 1), (1, 1, 1, key.shape[2])]
     indices = [torch.arange(max(shape), device=query.device).view(shape) for shape in shapes]
     return mask.mask_mod(*indices).expand(batch, 1, tokens, key.shape[2])
+
+
+def is_causal_call(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether sdpa takes a missing mask to mean causal attention: by the call's argument, else by the module."""
+    return bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+
+
+def finite_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a mask, bool or additive, into an additive one whose masked positions have the lowest finite number."""
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+    return mask.to(dtype).clamp(min=lowest)

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 from . import kernels
+from .concatenated import concatenated_attention
 from .fused import fused_attention
 from .kernels import AttentionKernel
+from .masks import finite_additive
 from .prefix import Prefix
-from .reference import concatenated_attention, finite_additive
 
 
 SWITCH = "PREFIX_PLUS_KERNEL_CHECK"

@@ -6,8 +6,8 @@ import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
-from ..demo import DemoSettings, run_demo
 from . import conversion, generation, inspection, parameters, training
+from .demo import DemoSettings, run_demo
 from .options import command
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel, PeftType
 
-from ..prefix_tuning import from_prefix_tuning, to_prefix_tuning
+from ..conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from ..registration import PREFIX_PLUS
 from .errors import CommandError, shown_as_command_error
 from .loading import base_model_name, check_dtype, load_adapter_config, load_model

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
-from ..hub import update_model_card
+from ..saving.files import update_model_card
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
 from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records

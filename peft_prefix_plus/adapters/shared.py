@@ -1,0 +1,71 @@
+"""The encoder parts that the layers of a model share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..registration import METHOD_NAME
+
+
+class PrefixPlusModule(BaseTunerLayer):
+    """What holds parameters of adapters: the attention modules' [`PrefixPlusLayer`] and the model's [`SharedParts`]."""
+
+    cast_input_dtype_enabled = (
+        True  # PEFT's `disable_input_dtype_casting` reads and sets it; a prefix has no input to cast
+    )
+
+
+class SharedParts(nn.Module, PrefixPlusModule):
+    """
+    The encoder parts that several layers use, by adapter; a child of the model itself.
+
+    They are the model's and not the first layer's, because a model is sharded by layers: FSDP brings the parameters of a
+    layer together for that layer's forward and backward alone, and those of the whole model's own for all of them.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("prefix_plus_shared",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix_plus_shared = nn.ModuleDict({})
+        self._active_adapter: list[str] = []
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        pass  # the layer that made a part moves it
+
+    def __repr__(self) -> str:
+        return f"{METHOD_NAME}.{super().__repr__()}"
+
+
+def shared_parts(model: nn.Module, adapter_name: str) -> nn.ModuleDict:
+    """
+    Return the parts that the layers of an adapter share, by name; empty for a new adapter.
+
+    Args:
+        model (`nn.Module`): The base model, which gets [`SharedParts`] if it has none.
+        adapter_name (`str`): The adapter.
+    """
+    shared: Any = getattr(model, METHOD_NAME, None)
+    if shared is None:
+        shared = SharedParts()
+        model.add_module(METHOD_NAME, shared)
+    if adapter_name not in shared.prefix_plus_shared:
+        shared.prefix_plus_shared[adapter_name] = nn.ModuleDict({})
+    return shared.prefix_plus_shared[adapter_name]
+
+
+def remove_shared_parts(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Take the shared parts of an adapter, or of all, out of a model, and [`SharedParts`] when nothing is left in it."""
+    for parent in list(model.modules()):
+        shared: Any = getattr(parent, METHOD_NAME, None)
+        if not isinstance(shared, SharedParts) or METHOD_NAME not in parent._modules:
+            continue
+        for name in [adapter_name] if adapter_name is not None else list(shared.prefix_plus_shared):
+            if name in shared.prefix_plus_shared:
+                del shared.prefix_plus_shared[name]
+        if not shared.prefix_plus_shared:
+            delattr(parent, METHOD_NAME)

@@ -1,0 +1,174 @@
+"""What goes to disk and to the Hub beside the weights: files written safely, and a model card kept up to date.
+
+The section of a card that says how to load the adapters is made from the adapters that lie in the card's directory, and
+made anew on every save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+
+from ..registration import PREFIX_PLUS
+from .model_card import SavedAdapter, how_to_use, is_hub_id, update_metadata, with_section
+
+
+CARD_NAME = "README.md"
+CONFIG_NAME = "adapter_config.json"
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one."""
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(8)}")
+    try:
+        # opened by name, not by `tempfile`, so that the file can be read by whom the user's umask says
+        with open(temporary, "x", encoding="utf-8", newline="") as writer:
+            writer.write(text)
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------- when to write
+
+
+def update_card_of_saved_config(save_directory: str) -> None:
+    """
+    Update the card that PEFT wrote for a configuration saved in a directory, if there is one.
+
+    PEFT saves an adapter that is not named "default" in a folder of that name below the card. Only a card that this
+    version of PEFT wrote is touched there: the folder above a saved configuration may be anything.
+
+    Args:
+        save_directory (`str`): The directory that has the `adapter_config.json`.
+    """
+    if os.path.exists(os.path.join(save_directory, CARD_NAME)):
+        update_model_card(save_directory)
+        return
+    parent = os.path.dirname(os.path.abspath(save_directory))
+    card = _load_card(parent)
+    if card is not None and f"- PEFT {peft.__version__}" in card.text.splitlines():
+        update_model_card(parent)
+
+
+def update_model_card(directory: str, repo_id: str | None = None, any_library: bool = False) -> None:
+    """
+    Make the card in a directory describe the PREFIX_PLUS adapters that lie there, and say how to load them.
+
+    Without a card, without an adapter, or if the card cannot be parsed, nothing happens.
+
+    Args:
+        directory (`str`): The directory, which has adapters in it or in its folders.
+        repo_id (`str`, *optional*): The repository that the directory goes to; `None` if it is not known.
+        any_library (`bool`, defaults to `False`):
+            Take over a card that names another library; otherwise such a card is left alone.
+    """
+    card = _load_card(directory)
+    adapters = list(_saved_adapters(directory)) if card is not None else []
+    if card is None or not adapters or not (any_library or card.data.library_name == "peft"):
+        return
+    update_metadata(card.data, adapters[0])
+    card.text = with_section(card.text, how_to_use(adapters, repo_id, os.path.basename(os.path.abspath(directory))))
+    write_atomically(os.path.join(directory, CARD_NAME), str(card))
+
+
+def complete_model_cards(model: Any) -> None:
+    """
+    Let a model with a PREFIX_PLUS adapter complete the cards that are written for it; no other model is touched.
+
+    Saving reaches the card through the configuration. But `push_to_hub` replaces the saved card by the one of the
+    repository or by transformers' template, and `Trainer.create_model_card` by its own. These two methods of the model
+    are the last to see those.
+
+    Args:
+        model (`PeftModel`): The model.
+    """
+    model.create_or_update_model_card = _CardWriter(model)
+    model._upload_modified_files = _Uploader(model)
+
+
+@dataclass
+class _CardWriter:
+    """A model's `create_or_update_model_card`, which completes the card that PEFT writes."""
+
+    model: Any
+
+    def __call__(self, output_dir: str, repo_id: str | None = None) -> None:
+        previous = _load_metadata(output_dir)
+        type(self.model).create_or_update_model_card(self.model, output_dir)
+        if any(config.peft_type == PREFIX_PLUS for config in self.model.peft_config.values()):
+            _restore_metadata(output_dir, previous)
+            update_model_card(output_dir, repo_id)
+
+
+@dataclass
+class _Uploader:
+    """A model's `_upload_modified_files`, which completes the card that `push_to_hub` has put in the directory."""
+
+    model: Any
+
+    def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        _CardWriter(self.model)(working_dir, repo_id)
+        return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------- what is there
+
+
+def _saved_adapters(directory: str) -> Iterator[SavedAdapter]:
+    """Yield the PREFIX_PLUS adapters of a directory; a folder with a card of its own (a checkpoint) is not part of it."""
+    folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    for subfolder in [None, *folders]:
+        path = os.path.join(directory, subfolder or "")
+        if subfolder is not None and os.path.exists(os.path.join(path, CARD_NAME)):
+            continue
+        try:
+            with open(os.path.join(path, CONFIG_NAME), encoding="utf-8") as file:
+                config = json.load(file)
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and config.get("peft_type") == PREFIX_PLUS.value:
+            yield SavedAdapter(subfolder, config)
+
+
+def _load_metadata(directory: str) -> dict[str, Any]:
+    """Return the metadata of the card in a directory; empty if there is no card or it cannot be parsed."""
+    try:
+        return metadata_load(os.path.join(directory, CARD_NAME)) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _load_card(directory: str) -> Any:
+    """Return the `ModelCard` in a directory; `None` if there is none, or it has no metadata or cannot be parsed."""
+    if not _load_metadata(directory):
+        return None
+    try:
+        return ModelCard.load(os.path.join(directory, CARD_NAME))
+    except (ValueError, TypeError):
+        return None
+
+
+def _restore_metadata(directory: str, previous: dict[str, Any]) -> None:
+    """Put back what PEFT drops from a card that it updates: the user's tags, and a base model's id for its directory."""
+    card = _load_card(directory)
+    if card is None:
+        return
+    tags = {tag for tag in previous.get("tags") or [] if not tag.startswith("base_model:adapter:")}
+    card.data.tags = sorted(tags.union(card.data.tags or [])) or None
+    if not is_hub_id(card.data.base_model) and previous.get("base_model"):
+        card.data.base_model = previous["base_model"]
+    write_atomically(os.path.join(directory, CARD_NAME), str(card))

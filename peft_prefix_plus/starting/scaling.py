@@ -1,0 +1,63 @@
+"""The scale on which a prefix is learned, and its start at random.
+
+Adam moves a parameter by about the learning rate per step, whatever its gradient. Keys and values are numbers around 1, and
+a prefix learns best when it moves by a good part of that per step. A prefix that is itself the parameter therefore needs
+rates of 0.1 and more. Here a parameter of 1 stands for several standard deviations of the module's own keys or values, so
+that the rates which people use for LoRA are right for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..encoders import PrefixEncoder
+from ..probing.geometry import spread
+from .quiet import key_units
+
+
+if TYPE_CHECKING:
+    from ..config import PrefixPlusConfig
+    from ..probing.geometry import AttentionGeometry
+
+
+JOINT_SCALES = 16.0, 16.0
+DECOUPLED_SCALES = 4.0, 4.0
+"""Standard deviations of the base model's keys, and values, that a parameter of 1 stands for with `prefix_scaling=None`, by
+whether the prefix has a softmax. Measured: docs/quality.md."""
+
+
+def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: AttentionGeometry) -> None:
+    """
+    Set an encoder's scale, and fill the parameters that it owns at random.
+
+    The prefix starts the same under every `prefix_scaling`, but for the random numbers.
+
+    Args:
+        encoder (`PrefixEncoder`): The encoder of one attention module.
+        config (`PrefixPlusConfig`): Its adapter's configuration.
+        geometry (`AttentionGeometry`): The attention module's geometry.
+    """
+    stds = (spread(geometry.key), spread(geometry.value))
+    if config.prefix_scaling is None:
+        scales = DECOUPLED_SCALES if config.decoupled else JOINT_SCALES
+        scaling = [scale * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
+    else:
+        scaling = [config.prefix_scaling] * 2
+    encoder.scaling.set(*scaling)
+    key_std: float | torch.Tensor
+    key_std, value_std = (std / factor for std, factor in zip(stds, scaling, strict=True))
+    if config.init_weights == "zero":
+        key_std = value_std = 0.0
+    elif config.init_weights is True:
+        key_std = key_units(geometry, bool(config.position_free)) / scaling[0]
+        if not config.gating:  # values of zero would leave a closed gate without a gradient
+            value_std = 0.0
+    encoder.initialize_parameters(key_std, value_std)
+
+
+def _power_of_two(number: float) -> float:
+    """The power of two next to a number: products with it round nothing, so that scaling loses nothing."""
+    return 2.0 ** round(math.log2(number))
