@@ -87,7 +87,7 @@ class PrefixPlusConfig(PeftConfig):
             gate is 25 times its parameter, so that it opens at the learning rate of keys and values.
         decoupled (`bool`, defaults to `False`):
             Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
-            the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
+            the real tokens (after PrefixMemory-Tuning, arXiv 2506.13674). The values start at zero, so that at the start this is
             exactly the base model. Not with `gating`.
         position_free (`bool`, *optional*):
             Where positions rotate queries and keys (RoPE): whether the prefix meets queries as they are before their rotation,
