@@ -146,8 +146,11 @@ def _accessed(tree: ast.AST, own: set[str], owners: list[Any]) -> Iterator[str]:
         id(part)
         for node in ast.walk(tree)
         for part in (
-            node.values if isinstance(node, ast.JoinedStr) else
-            node.args if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "endswith" else ()
+            node.values
+            if isinstance(node, ast.JoinedStr)
+            else node.args
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "endswith"
+            else ()
         )
     }
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -184,9 +187,7 @@ def _inherited(file: str, tree: ast.Module) -> Iterator[str]:
         return
     module = importlib.import_module(file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
     for node in classes:
-        bases = [
-            base for base in getattr(module, node.name).__mro__ if base.__module__.split(".")[0] in PACKAGES
-        ]
+        bases = [base for base in getattr(module, node.name).__mro__ if base.__module__.split(".")[0] in PACKAGES]
         names = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
         names |= {
             item.attr

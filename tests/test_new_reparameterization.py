@@ -29,7 +29,9 @@ def squared() -> Iterator[type[PrefixEncoder]]:
             return produced * produced.abs()
 
         def norm_of_features(self, width: int) -> float:
-            return (3.0 / width) ** 0.5  # of P', the square of a number has the mean 1 / width and its fourth power 3 / width²
+            return (
+                3.0 / width
+            ) ** 0.5  # of P', the square of a number has the mean 1 / width and its fourth power 3 / width²
 
     yield SquaredEncoder
     del ENCODERS["squared"]
@@ -96,11 +98,16 @@ def test_it_can_be_pruned(squared: type[PrefixEncoder]) -> None:
 
 def test_its_parameters_are_counted_by_the_command(squared: type[PrefixEncoder]) -> None:
     parameters = pytest.importorskip("peft_prefix_plus.cli.parameters")
-    counts = {(row.reparameterization, row.sharing): row.trainable for row in parameters.count_all(parameters.CountingSettings())}
+    counts = {
+        (row.reparameterization, row.sharing): row.trainable
+        for row in parameters.count_all(parameters.CountingSettings())
+    }
     for sharing in ("none", "input", "projection", "all"):
         assert counts["squared", sharing] == counts["linear", sharing]
 
 
 def test_a_name_that_no_class_has_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`reparameterization` must be one of 'none', 'linear', 'mlp', got 'squared'"):
+    with pytest.raises(
+        ValueError, match=r"`reparameterization` must be one of 'none', 'linear', 'mlp', got 'squared'"
+    ):
         prefix_config(reparameterization="squared")

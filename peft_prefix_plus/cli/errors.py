@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft_prefix_plus_cli import CommandError as CommandError
+from peft_prefix_plus_cli import CommandError
+
+
+__all__ = ["LARGEST", "PLAIN", "CommandError", "check_numbers", "check_positive", "shown_as_command_error"]
 
 
 PLAIN = (OSError, ValueError, TypeError, ImportError)
