@@ -111,3 +111,23 @@ def test_a_name_that_no_class_has_is_refused() -> None:
         ValueError, match=r"`reparameterization` must be one of 'none', 'linear', 'mlp', got 'squared'"
     ):
         prefix_config(reparameterization="squared")
+
+
+def test_a_start_that_cannot_be_fitted_is_refused_and_changes_nothing() -> None:
+    class HeldEncoder(PrefixEncoder):
+        def __init__(self, encoder: PrefixEncoder) -> None:
+            super().__init__(encoder.shape)
+            self.held = encoder
+
+        def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.held.produce()
+
+    model = get_peft_model(tiny_model(), prefix_config(init_weights=False))
+    layers = [module for module in model.modules() if isinstance(module, package.PrefixPlusLayer)]
+    layers[-1].replace_encoder("default", HeldEncoder(layers[-1].encoder("default")))
+    before = package.prefix_key_values(model)
+    with pytest.raises(NotImplementedError, match="HeldEncoder cannot be fitted to given keys and values"):
+        package.initialize_from_key_values(model, {name: (key + 1, value) for name, (key, value) in before.items()})
+    for name, pair in package.prefix_key_values(model).items():
+        for found, wanted in zip(pair, before[name], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
