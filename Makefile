@@ -62,7 +62,7 @@ compatibility: install ## find the private names that are used, for docs/compati
 
 dist: install ## build the package into dist (TAG=… must be its version)
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --no-isolation --outdir dist
 	$(if $(TAG),test -f "dist/peft_prefix_plus-$(TAG:v%=%).tar.gz")
 
 bench: install ## measure time and memory against PREFIX_TUNING and LoRA

@@ -189,7 +189,7 @@ class PrefixPlusConfig(PeftConfig):
     awaits_weights = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PREFIX_PLUS
         self._check_types()
         self._check_values()
