@@ -25,4 +25,4 @@ def test_the_page_names_every_part() -> None:
 def test_a_querys_way_begins_where_transformers_calls_and_meets_the_prefix() -> None:
     places = [call.place for call in calls_of_a_query()]
     assert any("prefix_attention" in place for place in places)
-    assert any("Encoder.produce" in place for place in places)
+    assert any("Encoder.forward" in place for place in places)
