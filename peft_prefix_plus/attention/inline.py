@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import (
+from torch.overrides import (  # type: ignore[attr-defined]
     TorchFunctionMode,
     _get_current_function_mode,
     _len_torch_function_stack,
