@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..encoders import KVShape
+from .examples import given_inputs
 from .geometry import AttentionGeometry
-from .inputs import TEXT_INPUTS, given_inputs, lone_inputs, positions_before, probe_inputs
+from .inputs import TEXT_INPUTS, positions_before, probe_inputs
+from .lone import lone_inputs
 from .modules import attention_modules, calls_attention_interface, execution_device, models_in, outermost_models
 from .recording import evaluating, gathering, recording
 from .rotations import ObservedRotations, observing_rotations
