@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .shapes import SHAPES, WHOLE_NUMBERS
 from .tensors import moved, noise
@@ -40,13 +40,14 @@ def probe_inputs(
         main = next((name for name in ("input_ids", "pixel_values") if name in parameters), main)
     if main not in SHAPES and main not in TEXT_INPUTS:
         main = "input_ids"
-    decoder = {}
+    decoders: list[dict[str, torch.Tensor]] = [{}]
     if getattr(model.config, "is_encoder_decoder", False) and (
         "decoder_input_ids" in parameters or main == "input_ids"
     ):
-        decoder["decoder_input_ids"] = make.tokens(num_tokens)
-    for tensors in make.ways(main):
-        yield {**decoder, **tensors}
+        decoders = list(make.ways("decoder_input_ids"))
+    for decoder in decoders:
+        for tensors in make.ways(main):
+            yield {**decoder, **tensors}
     if type(model).dummy_inputs is not PreTrainedModel.dummy_inputs:
         yield moved(model.dummy_inputs, model.dtype, device)
     known = [
@@ -54,21 +55,20 @@ def probe_inputs(
         for name, parameter in parameters.items()
         if name != main and name in SHAPES and (parameter.default is parameter.empty or main in TEXT_INPUTS)
     ]
-    if not decoder:
+    if decoders == [{}]:
         known += [name for name in TEXT_INPUTS if name in parameters and name != main]
     if known:
         further: dict[str, torch.Tensor] = {}
         for name in known:
             further.update(next(make.ways(name), {}))
         for tensors in make.ways(main):
-            yield {**decoder, **further, **tensors}
+            yield {**decoders[0], **further, **tensors}
 
 
-def different_tokens(model: PreTrainedModel, num_tokens: int, device: torch.device | None) -> torch.Tensor:
-    """Return token ids (1, num_tokens) spread evenly over a model's vocabulary."""
-    # a model of characters has no vocabulary, and takes any small numbers
-    size = getattr(model.config.get_text_config(), "vocab_size", num_tokens + 1)
-    return (torch.arange(1, num_tokens + 1, device=device) * size // (num_tokens + 1))[None]
+def text_config(config: PreTrainedConfig, of_decoder: bool) -> PreTrainedConfig:
+    """The part of a model's config that is about text; where its encoder and its decoder have one each, the one asked for."""
+    has_both = getattr(config, "text_encoder", None) is not None and getattr(config, "decoder", None) is not None
+    return config.get_text_config(decoder=of_decoder, encoder=not of_decoder) if has_both else config.get_text_config()
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,25 @@ class _Maker:
     num_tokens: int
     device: torch.device | None
 
-    def tokens(self, num_tokens: int) -> torch.Tensor:
-        return different_tokens(self.model, num_tokens, self.device)
+    def tokens(self, name: str) -> torch.Tensor:
+        """Return token ids (1, tokens) spread evenly over the vocabulary, one more for an encoder than for a decoder."""
+        is_encoder = getattr(self.model.config, "is_encoder_decoder", False) and name == "input_ids"
+        count = self.num_tokens + is_encoder
+        # a model of characters has no vocabulary, and takes any small numbers
+        size = getattr(text_config(self.model.config, not is_encoder), "vocab_size", None) or count + 1
+        return (torch.arange(1, count + 1, device=self.device) * size // (count + 1))[None]
 
     def ways(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
         """Yield what an input may be, alone or with what belongs to it."""
         if name in TEXT_INPUTS:
-            is_longer = getattr(self.model.config, "is_encoder_decoder", False) and name == "input_ids"
-            yield {name: self.tokens(self.num_tokens + is_longer)}
+            tokens = self.tokens(name)
+            yield {name: tokens}
+            # sound as text has the ids of several codebooks at a time, as further numbers of a token or as further rows
+            config = text_config(self.model.config, name == "decoder_input_ids")
+            count = getattr(config, "num_codebooks", None) or getattr(config, "num_channels", None) or 1
+            if count > 1:
+                yield {name: tokens[..., None].expand(-1, -1, count)}
+                yield {name: tokens.expand(count, -1)}
             return
         for shapes in SHAPES[name](self.model, self.num_tokens):
             yield {
@@ -115,7 +126,7 @@ def positions_before(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor])
         model (`PreTrainedModel`): The model.
         inputs (`Mapping[str, torch.Tensor]`): The tokens, `input_ids` and perhaps `decoder_input_ids`, (1, tokens) each.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config, of_decoder=True)
     rotations = getattr(config, "rope_parameters", None) or {}
     scales_queries = "llama_4_scaling_beta" in rotations or getattr(config, "attn_temperature_tuning", False)
     has_rotary = any("RotaryEmbedding" in type(module).__name__ for module in model.modules())

@@ -50,20 +50,29 @@ def lone_inputs(
             if not re.search("mask|bias|position_embeddings", name):
                 raise ValueError(f"its argument {name!r} is not known")
             inputs[name] = None
-    rotations: list[dict[str, Any]] = [{}]
-    if "position_embeddings" in parameters:
+    for position in _positions(module, num_tokens, width, dtype, device):
+        yield {**inputs, **position}
+        if further:
+            yield {**inputs, **position, **further}
+
+
+def _positions(
+    module: nn.Module, num_tokens: int, width: int, dtype: torch.dtype, device: torch.device | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the position embeddings that a module may take: rotations by no angle, states to be added, none."""
+    parameter = inspect.signature(module.forward).parameters.get("position_embeddings")
+    if parameter is not None:
         dim = getattr(module, "head_dim", None) or width // _num_heads(module)
         rotated = getattr(module, "qk_rope_head_dim", None) or dim
-        sizes = (rotated, rotated // 2)  # some get a number per plane of two dims
-        ones = [torch.ones(1, num_tokens, size, dtype=dtype, device=device) for size in sizes]
-        rotations = [{"position_embeddings": (each, torch.zeros_like(each))} for each in ones]
-    for rotation in rotations:
-        yield {**inputs, **rotation}
-    if further:
-        yield {**inputs, **rotations[0], **further}
+        for size in (rotated, rotated // 2):  # some get a number per plane of two dims
+            ones = torch.ones(1, num_tokens, size, dtype=dtype, device=device)
+            yield {"position_embeddings": (ones, torch.zeros_like(ones))}
+        yield {"position_embeddings": torch.zeros(1, num_tokens, width, dtype=dtype, device=device)}
+    if parameter is None or parameter.default is not parameter.empty:
+        yield {}
 
 
-OTHER_STATES = ("key_value_states", "encoder_hidden_states", "context", "key_states", "latents")
+OTHER_STATES = ("key_value_states", "encoder_hidden_states", "context", "key_states", "latents", "key", "value")
 """Arguments of attention modules that are further states, of what keys and values are made of for instance."""
 
 

@@ -114,6 +114,11 @@ def _boxes(model: PreTrainedModel, num_tokens: int) -> Iterator[Shape]:
     yield 1, num_tokens, 4
 
 
+def _tasks(model: PreTrainedModel, num_tokens: int) -> Iterator[Shape]:
+    """The name of a task, as ids of a fixed length (OneFormer)."""
+    yield 1, setting(model.config, "task_seq_len") or num_tokens
+
+
 SHAPES = {
     "pixel_values": _images,
     "pixel_values_videos": _videos,
@@ -123,9 +128,10 @@ SHAPES = {
     "input_features": _spectrograms,
     "past_values": _series,
     "bbox": _boxes,
+    "task_inputs": _tasks,
 }
 """Functions that yield the shapes which an input may have, by its name; with other inputs that belong to it, as a dict."""
 
 
-WHOLE_NUMBERS = {"past_observed_mask", "static_categorical_features", "bbox", "pixel_mask", "freq"}
-"""Inputs that are ones: masks, classes, boxes."""
+WHOLE_NUMBERS = {"past_observed_mask", "static_categorical_features", "bbox", "pixel_mask", "freq", "task_inputs"}
+"""Inputs that are ones: masks, classes, boxes, ids."""
