@@ -72,6 +72,7 @@ HGNET_ALL = {**HGNET, "out_indices": [1, 2, 3, 4]}
 GROUNDING = {
     "backbone_config": {**SWIN, "image_size": 64, "out_indices": [2, 3, 4]},
     "max_text_len": 16,
+    "query_dim": 4,
     "disable_custom_kernels": True,
 }
 SAPIENS = {"head_config": {"upsample_out_channels": [8, 8], "upsample_kernel_size": 4, "conv_out_channels": [8, 8]}}
@@ -91,7 +92,7 @@ SAM_DECODER = {"hidden_size": 32, "mlp_dim": 32, "iou_head_hidden_dim": 32}
 
 TOWER_SIZES: dict[str, dict[str, Any]] = {
     # sound
-    "GraniteSpeech5EncoderConfig": {"num_mel_bins": 32, "context_size": 8, "max_position_embeddings": 8},
+    "GraniteSpeech5EncoderConfig": {"num_key_value_heads": 4},
     "Wav2Vec2BertConfig": {"vocab_size": 160},
     "Wav2Vec2ConformerConfig": {"vocab_size": 160},
     "DiaDecoderConfig": {"num_channels": 9},
@@ -113,6 +114,15 @@ TOWER_SIZES: dict[str, dict[str, Any]] = {
     "FastSpeech2ConformerHifiGanConfig": {"upsample_initial_channel": 32, "model_in_dim": 8},
     "SeamlessM4TConfig": {"upsample_initial_channel": 32},
     "SeamlessM4Tv2Config": {"upsample_initial_channel": 32},
+    "Qwen2_5OmniBigVGANConfig": {"upsample_initial_channel": 64},
+    "Qwen2_5OmniDiTConfig": {
+        "num_embeds": 16,
+        "emb_dim": 16,
+        "enc_channels": [16, 16, 16, 16, 48],
+        "enc_dim": 16,
+        "enc_attention_channels": 8,
+        "enc_se_channels": 8,
+    },
     # images: stages, windows and patches that must agree
     "SwinConfig": {"window_size": 2, "patch_size": 2, "embed_dim": 16, "encoder_stride": 16},
     "Swinv2Config": {"window_size": 2, "patch_size": 2, "embed_dim": 16, "encoder_stride": 16},
@@ -138,6 +148,7 @@ TOWER_SIZES: dict[str, dict[str, Any]] = {
         "descriptor_decoder_dim": 16,
     },
     "Sapiens2Config": SAPIENS,
+    "VitPoseBackboneConfig": {"part_features": 8},
     "VitPoseConfig": {
         "backbone_config": {"model_type": "vitpose_backbone", **DINO, "image_size": [64, 64], "patch_size": [16, 16]}
     },
@@ -165,7 +176,7 @@ TOWER_SIZES: dict[str, dict[str, Any]] = {
     "DFineConfig": {**RT_DETR, "backbone_config": HGNET},
     "Deimv2Config": {**RT_DETR, "backbone_config": HGNET},
     "PPDocLayoutV2Config": {**RT_DETR, "backbone_config": HGNET},
-    "PPDocLayoutV3Config": {**RT_DETR, "backbone_config": HGNET_ALL},
+    "PPDocLayoutV3Config": {**RT_DETR, "backbone_config": HGNET_ALL, "x4_feat_dim": 8},
     "PPDocLayoutV4Config": {**RT_DETR, "backbone_config": HGNET},
     "LwDetrConfig": {"backbone_config": LW_BACKBONE, "projector_scale_factors": [1.0], "group_detr": 1},
     "RfDetrConfig": {"group_detr": 1},
@@ -175,6 +186,28 @@ TOWER_SIZES: dict[str, dict[str, Any]] = {
     "SamPromptEncoderConfig": {"hidden_size": 32},
     "SamVisionConfig": {"output_channels": 32, "num_pos_feats": 16, "window_size": 2, "global_attn_indexes": [1]},
     "SamMaskDecoderConfig": SAM_DECODER,
+    "Sam2HieraDetConfig": {
+        "hidden_size": 16,
+        "image_size": [64, 64],
+        "blocks_per_stage": [1, 2, 2, 1],
+        "embed_dim_per_stage": [16, 16, 32, 32],
+        "num_attention_heads_per_stage": [2, 2, 2, 2],
+        "window_size_per_stage": [8, 4, 4, 2],
+        "global_attention_blocks": [4],
+    },
+    "Sam2VisionConfig": {
+        "backbone_channel_list": [32, 32, 16, 16],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 32,
+    },
+    "Sam2PromptEncoderConfig": {"image_size": 64, "patch_size": 16},
+    "Sam2MaskDecoderConfig": SAM_DECODER,
+    "Sam3TrackerConfig": {
+        "vision_config": {
+            "model_type": "sam3_vision_model",
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        }
+    },
     "SamHQPromptEncoderConfig": {"hidden_size": 32},
     "SamHQVisionConfig": {"output_channels": 32, "num_pos_feats": 16, "window_size": 2, "global_attn_indexes": [1]},
     "SamHQMaskDecoderConfig": {**SAM_DECODER, "vit_dim": 32},

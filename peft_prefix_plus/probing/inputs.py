@@ -99,12 +99,14 @@ class _Maker:
         if name in TEXT_INPUTS:
             tokens = self.tokens(name)
             yield {name: tokens}
-            # sound as text has the ids of several codebooks at a time, as further numbers of a token or as further rows
+            # Sound as text has the ids of several codebooks at a time, and perhaps a text token with them (Kyutai): as further
+            # numbers of a token, or as further rows.
             config = text_config(self.model.config, name == "decoder_input_ids")
             count = getattr(config, "num_codebooks", None) or getattr(config, "num_channels", None) or 1
             if count > 1:
                 yield {name: tokens[..., None].expand(-1, -1, count)}
                 yield {name: tokens.expand(count, -1)}
+                yield {name: tokens[..., None].expand(-1, -1, count + 1)}
             return
         for shapes in SHAPES[name](self.model, self.num_tokens):
             yield {

@@ -86,5 +86,5 @@ def _width_read(child: nn.Module) -> int | None:
 
 
 def _num_heads(module: nn.Module) -> int:
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads")
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "num_key_value_heads")
     return next((count for name in names if isinstance(count := getattr(module, name, None), int)), 1)

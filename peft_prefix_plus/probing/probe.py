@@ -219,7 +219,7 @@ class _Search:
             if name not in self.found
             and name not in self.rejected
             and not any(name.startswith(prefix) for prefix in self._settled)
-            and (calls_attention_interface(module) or "att" in type(module).__name__.lower())  # not a router
+            and (calls_attention_interface(module) or ATTENTION_NAME.search(type(module).__name__))
         ]
 
 
@@ -246,6 +246,9 @@ def _kinds_by_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Calla
 
     return kind
 
+
+ATTENTION_NAME = re.compile("attention|attn", re.IGNORECASE)
+"""What in its class's name tells attention from what else takes a softmax: a router, a pooling."""
 
 CROSS_NAME = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 """What in its name tells cross-attention, where an encoder's and a decoder's tokens happen to be as many."""
