@@ -86,7 +86,7 @@ LW_BACKBONE = {
     "patch_size": 8,
     "num_windows": 4,
     "window_block_indices": [0, 2],
-    "out_indices": [1, 3],
+    "out_indices": [2, 4],
 }
 SAM_DECODER = {"hidden_size": 32, "mlp_dim": 32, "iou_head_hidden_dim": 32}
 
@@ -139,7 +139,7 @@ TOWER_SIZES: dict[str, dict[str, Any]] = {
     },
     "TimesformerConfig": {"drop_path_rate": 0},
     "MobileViTV2Config": {"patch_size": 2, "image_size": 64},
-    "BeitConfig": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "BeitConfig": {"num_hidden_layers": 4, "out_indices": [0, 1, 2, 3]},
     "PerceiverConfig": {"image_size": 32, "qk_channels": 32, "v_channels": 32},
     "SuperPointConfig": {
         "encoder_hidden_sizes": [8, 8, 8, 8],
