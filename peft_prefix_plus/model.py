@@ -189,9 +189,7 @@ class PrefixPlusModel(BaseTuner):
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:
             return super()._get_module_names_tied_with_embedding()
-        except (
-            NotImplementedError
-        ):  # a model without token embeddings, as a detector that ties its heads, ties nothing with them
+        except NotImplementedError:  # the model has no token embeddings: a detector that ties its heads, for instance
             return []
 
     def _check_target_module_exists(self, peft_config: PrefixPlusConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]

@@ -54,6 +54,8 @@ def lone_inputs(
         yield {**inputs, **position}
         if further:
             yield {**inputs, **position, **further}
+    if "key" in inputs:  # SAM's have a dim for prompts beside that for images
+        yield {name: each[:, None] if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
 
 
 def _positions(
