@@ -186,6 +186,12 @@ class PrefixPlusModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `target_modules=None` stays None, so that a saved adapter finds its modules by itself
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # the model has no token embeddings: a detector that ties its heads, for instance
+            return []
+
     def _check_target_module_exists(self, peft_config: PrefixPlusConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         selection = self._selection or select_modules(self.model, peft_config)
         return _ExcludedModule() if key in selection.excluded else key in selection.modules
