@@ -44,6 +44,7 @@ class TurnedPrefixes:
         self._stacked: torch.Tensor | None = None
         self._turned: list[_Turned] = []
         self._num_asked = self._num_turned = 0
+        self._has_given_up = False
 
     def add(self, owner: Hashable, prefix: Prefix) -> Prefix:
         """Let a prefix, in the place of the owner's last one, be among those that are turned, and return it as one that is."""
@@ -65,7 +66,8 @@ class TurnedPrefixes:
         for turned in self._turned:
             if turned.carrier is carrier and turned.version == version and turned.batch == batch:
                 return turned.prefixes[owner]
-        if carrier.shape[0] != 1 or 2 * self._num_turned > self._num_asked + MAX_POSITIONS:
+        self._has_given_up = self._has_given_up or 2 * self._num_turned > self._num_asked + MAX_POSITIONS
+        if carrier.shape[0] != 1 or self._has_given_up:
             return None
         self._num_turned += 1
         turned = _Turned(carrier, version, batch, self._turn(positions, batch))
