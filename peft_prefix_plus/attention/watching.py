@@ -1,5 +1,5 @@
 """
-Who watches the attention modules: a probe, or a measure of what falls on the prefix.
+Who watches the attention modules: a probe, or a measure of what prefixes give.
 
 Watchers see the forwards of their own thread alone. The modules do not know of them, so that other threads run them as ever.
 """
