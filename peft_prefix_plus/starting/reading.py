@@ -41,7 +41,7 @@ def read(model: nn.Module, token_ids: Sequence[int]) -> dict[str, KeyValue]:
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
         found.setdefault(name, (key[0], value[0]))
 
-    _run(model, token_ids, (), record)
+    _run(model, token_ids, (), False, record)
     return found
 
 
@@ -56,7 +56,9 @@ def read_again(
     """
     Let a base model read a text and then prompts, and hand over what the prompts' queries see in each attention module.
 
-    Each prompt sees the text and itself: that is what it would see after a prefix.
+    What counts is the text and the prompt itself, which is what it would see after a prefix. Where a prefix meets unrotated queries,
+    each prompt begins at the position where an input would: a key there cannot tell near queries from far ones. Otherwise one follows
+    the other. Either is the better on a real model: docs/documents.md.
 
     Args:
         model (`nn.Module`): The base model.
@@ -90,7 +92,7 @@ def read_again(
             )
             use(name, *parts.readings(*key_values[name], blocks.to(query.device), is_causal))
 
-        _run(model, token_ids, prompts, record)
+        _run(model, token_ids, prompts, bool(unrotated), record)
 
 
 class _Parts:
@@ -133,9 +135,13 @@ def _sees_ahead(module: nn.Module) -> bool:
 
 
 def _run(
-    model: nn.Module, token_ids: Sequence[int], prompts: Sequence[Sequence[int]], record: Callable[..., None]
+    model: nn.Module,
+    token_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    begin_anew: bool,
+    record: Callable[..., None],
 ) -> None:
-    """Run a base model on a text that stands before an input, and prompts after it: each begins where an input would."""
+    """Run a base model on a text that stands before an input, and prompts after it, each or only the first where an input begins."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"A text can be read by a model of transformers, got a {type(model).__name__}.")
     device = execution_device(model)
@@ -144,10 +150,11 @@ def _run(
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     names = ("input_ids", "decoder_input_ids") if is_encoder_decoder else ("input_ids",)
     before = positions_before(model, dict.fromkeys(names, text))
-    starts = [torch.arange(len(prompt), device=device)[None] for prompt in prompts]
-    inputs = {name: torch.cat([positions, *starts], dim=1) for name, positions in before.items()}
+    lengths = [len(prompt) for prompt in prompts] if begin_anew else [tokens.shape[1] - text.shape[1]]
+    after = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    inputs = {name: torch.cat([positions, after], dim=1) for name, positions in before.items()}
     inputs.update(dict.fromkeys(names, tokens))
-    if starts and "attention_mask" in inspect.signature(model.forward).parameters:
+    if begin_anew and "attention_mask" in inspect.signature(model.forward).parameters:
         # without a mask transformers takes positions that begin anew for packed sequences, which do not see each other
         inputs["attention_mask"] = torch.ones_like(tokens)
     with recording(attention_modules(model), record), evaluating(model):
