@@ -125,7 +125,7 @@ def from_text(
     """Return a way that starts a prefix from the document, at fixed positions unless `position_free` says otherwise."""
 
     def make(base: Any, tokenizer: Any, tokens: int) -> Any:
-        fields = {"num_virtual_tokens": tokens, "position_free": position_free, "init_weights": "zero"}
+        fields = {"num_virtual_tokens": tokens, "position_free": position_free, "decoupled": False}
         model = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", **fields))
         initialize_from_text(model, tokenizer, TEXT, prompts=prompts() if has_prompts else None, **arguments)
         return model

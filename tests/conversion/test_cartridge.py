@@ -98,7 +98,7 @@ def test_a_model_that_carries_a_cartridge_is_converted_in_place_and_trains_all_o
 def test_a_reparameterized_adapter_becomes_a_cartridge_with_the_first_token_frozen():
     torch.manual_seed(0)
     fields = dict(num_virtual_tokens=LENGTH, reparameterization="mlp", position_free=False, init_weights=False)
-    ours = get_peft_model(build(), PrefixPlusConfig(task_type="CAUSAL_LM", **fields)).eval()
+    ours = get_peft_model(build(), PrefixPlusConfig(task_type="CAUSAL_LM", decoupled=False, **fields)).eval()
     config, tensors = to_cartridge(ours)
     assert (config.peft_type.value, config.num_frozen_tokens) == ("CARTRIDGE", 1)
     theirs = get_peft_model(build(), config).eval()
@@ -121,13 +121,16 @@ def test_what_is_not_exact_is_refused():
     learned_positions = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)).eval()
     with pytest.raises(ValueError, match="not exact for GPT2LMHeadModel: CARTRIDGE moves"):
         from_cartridge(with_cartridge(learned_positions))
-    model = get_peft_model(build(), PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+    model = get_peft_model(
+        build(), PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, decoupled=False)
+    )
     with pytest.raises(ValueError, match="In CARTRIDGE the prefix is at fixed positions"):
         to_cartridge(model)
     with pytest.raises(ValueError, match="`num_frozen_tokens` must be <= `num_virtual_tokens`"):
         to_cartridge(
             get_peft_model(
-                build(), PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, position_free=False)
+                build(),
+                PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, decoupled=False, position_free=False),
             ),
             num_frozen_tokens=3,
         )
