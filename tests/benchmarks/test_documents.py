@@ -6,6 +6,7 @@ import pytest
 import torch
 from documents import Encoded, answer_loss, gap_closed, prompts
 from documents_text import document, held_out_questions
+from models import tiny_model
 
 
 def test_every_question_is_answered_by_the_document():
