@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.lookup import base_of, layers_with_adapter
+from ..adapters.snapshot import all_or_nothing
 from ..probing.inputs import positions_before
 from ..probing.modules import attention_modules, execution_device
 from ..probing.recording import evaluating, recording
@@ -76,17 +78,18 @@ def initialize_from_text(
             f"A text does not reach {', '.join(unread)}, where adapter {adapter_name!r} has a prefix. Use "
             "initialize_from_key_values with keys and values for these modules too."
         )
-    residuals = initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
-    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
-        warnings.warn(
-            f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
-            "the adapter with position_free=False if that is what you want.",
-            stacklevel=2,
-        )
-        configs: Any = base.peft_config
-        configs[adapter_name].position_free = False
-        for _, layer in layers:
-            layer.set_position_free(adapter_name, False, layer.rotation)
+    with all_or_nothing(model, adapter_name=adapter_name):
+        residuals = initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
+        if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
+            warnings.warn(
+                f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
+                "the adapter with position_free=False if that is what you want.",
+                stacklevel=2,
+            )
+            configs: Any = base.peft_config
+            configs[adapter_name] = replace(configs[adapter_name], position_free=False)
+            for _, layer in layers:
+                layer.set_position_free(adapter_name, False, layer.rotation)
     return residuals
 
 
@@ -136,7 +139,8 @@ def initialize_from_key_values(
                     )
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
-    return fit(encoders, key_values)
+    with all_or_nothing(model, adapter_name=adapter_name):
+        return fit(encoders, key_values)
 
 
 def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
