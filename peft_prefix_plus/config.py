@@ -333,10 +333,23 @@ class PrefixPlusConfig(PeftConfig):
             config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
         hub_kwargs, *_ = cls._split_kwargs(kwargs)
         weights = find_weights(source, subfolder, **hub_kwargs)
-        if weights is not None:
+        if weights is not None and isinstance(config, PrefixPlusConfig):
             check_saved_weights(read_weights(weights), config.to_dict())
         config.awaits_weights = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Load the fields of a configuration from a JSON file.
+
+        Raises:
+            ValueError: If the file has something else.
+        """
+        fields: Any = super().from_json_file(path_json_file, **kwargs)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}.")
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """

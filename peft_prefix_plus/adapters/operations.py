@@ -141,7 +141,9 @@ class LoadAdapter(Operation):
                     f"{directory} has no weights of an adapter: expected the file {SAFETENSORS_WEIGHTS_NAME}."
                 )
             with naming_file(directory):
-                if name in self.model.peft_config:
+                if name not in self.model.peft_config and os.path.isdir(source):
+                    PrefixPlusConfig.from_pretrained(source, **hub_kwargs)  # whose errors say more than PEFT's
+                elif name in self.model.peft_config:
                     self._check_same_settings(name, source, hub_kwargs)
                 return self.__wrapped__(*args, **kwargs)
         except BaseException:

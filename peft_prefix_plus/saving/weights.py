@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..registration import METHOD_NAME
@@ -207,11 +207,7 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
             continue
         found.add(match["part"])
         sizes: Any = expected[match["part"]]
-        if len(shape) != len(sizes):
-            raise ValueError(
-                f"{weights.path} does not fit its configuration: {name} has shape {shape} in it. {ADVICE}"
-            )
-        for size, wanted in zip(shape, sizes, strict=True):
+        for size, wanted in zip(shape, sizes, strict=False):
             if wanted is not None and size != wanted[1]:
                 raise ValueError(
                     f"{weights.path} does not fit its configuration: {name} has shape {shape} in it, but `{wanted[0]}` is "
@@ -226,14 +222,14 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
 
 
 def _where_the_rest_is(path: str) -> str:
+    """Where the configuration is that belongs to weights which an interrupted save had put in place already."""
     directory = os.path.dirname(path)
-    for parent in (directory, os.path.dirname(directory)):
+    for parent, subfolder in ((directory, ""), (os.path.dirname(directory), os.path.basename(directory))):
         for name in sorted(os.listdir(parent or ".")):
-            if name.startswith(UNFINISHED):
-                return (
-                    f"What an interrupted save had still to put here is in {os.path.join(parent, name)}: move it here to have "
-                    "the new adapter."
-                )
+            rest = os.path.join(parent, name, subfolder)
+            left = os.listdir(rest) if name.startswith(UNFINISHED) and os.path.isdir(rest) else []
+            if CONFIG_NAME in left and os.path.basename(path) not in left:
+                return f"The configuration of these weights is {os.path.join(rest, CONFIG_NAME)}: move it here."
     return "Take both files from one save."
 
 

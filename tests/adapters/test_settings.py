@@ -37,7 +37,8 @@ def test_one_configuration_serves_two_models_as_two_serve_them(names: tuple[str,
     config = prefix_config(task_type="CAUSAL_LM")
     before = copy.deepcopy(config)
     for index, name in enumerate(names):
-        models = [tiny_model() if name == "llama" else MODELS[name]().eval() for _ in range(2)]
+        base = tiny_model() if name == "llama" else MODELS[name]().eval()
+        models = [copy.deepcopy(base) for _ in range(2)]
         torch.manual_seed(0)
         model: Any = get_peft_model(models[0], config).eval()
         torch.manual_seed(0)
