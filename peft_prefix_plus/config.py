@@ -348,7 +348,9 @@ class PrefixPlusConfig(PeftConfig):
         """
         fields: Any = super().from_json_file(path_json_file, **kwargs)
         if not isinstance(fields, dict):
-            raise ValueError(f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}.")
+            raise ValueError(  # noqa: TRY004
+                f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}."
+            )
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -33,6 +33,7 @@ from .encoders import SHARED_PARTS
 from .layer import PrefixPlusLayer, attach, detach
 from .probing.modules import calls_attention_interface
 from .probing.targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
+from .references import ModelReference
 from .registration import METHOD_NAME, PREFIX_PLUS
 from .starting.fitting import fit, repeated
 from .starting.quiet import start_quietly
@@ -84,6 +85,9 @@ class PrefixPlusModel(BaseTuner):
     _selection: Selection | None = None
     _resolved: PrefixPlusConfig | None = None
 
+    # The `PeftModel` around this tuner, if there is one.
+    _wrapper = ModelReference(None)
+
     # ------------------------------------------------------------------------------------------------ building
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -100,6 +104,7 @@ class PrefixPlusModel(BaseTuner):
     def wrapped_by(self, parent: nn.Module) -> None:
         """Take note of a module that this tuner becomes a child of."""
         if isinstance(parent, PeftModel):
+            self._wrapper = ModelReference(parent)
             act_as_a_whole(parent)
 
     def inject_adapter(
@@ -147,12 +152,13 @@ class PrefixPlusModel(BaseTuner):
 
     def _start_as_measured(self, model: nn.Module, adapter_name: str) -> None:
         """Let the prefix start where the base model's own queries, or keys and values, tell it to."""
-        config, awaits_weights = self._resolved, self.peft_config[adapter_name].awaits_weights  # type: ignore[attr-defined]
+        given: Any = self.peft_config[adapter_name]
+        config = self._resolved
         assert self._selection is not None and config is not None
         geometries = self._selection.modules
         is_quiet = config.init_weights is True and not config.gating and not config.decoupled
         if any(geometry.key.is_meta for geometry in geometries.values()):
-            if not awaits_weights and (
+            if not given.awaits_weights and (
                 config.prefix_scaling is None or is_quiet or config.init_weights == "activations"
             ):
                 warnings.warn(
@@ -300,6 +306,17 @@ class PrefixPlusModel(BaseTuner):
                 self.set_adapter(active)
             elif was_active:
                 self.active_adapter = []
+            # A `PeftModel` names one adapter and looks its configuration up in each call. PEFT gives it another name only where
+            # exactly one is active afterwards.
+            wrapper = self._wrapper()
+            remaining = [*active, *self._adapter_names(), *self.peft_config]
+            if (
+                wrapper is not None
+                and wrapper.base_model is self
+                and wrapper.active_adapter == adapter_name
+                and remaining
+            ):
+                wrapper.active_adapter = remaining[0]
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with all_or_nothing(self, modules=what_switching_changes(self)):
@@ -313,7 +330,8 @@ class PrefixPlusModel(BaseTuner):
         Raises:
             ValueError: If the model is in training mode, or there is no adapter of a name.
         """
-        self.before_loading.clear()  # what is used is not to be taken away any more
+        if self.before_loading:
+            self.before_loading.clear()  # what is used is not to be taken away any more
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield

@@ -21,6 +21,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import PrefixPlusConfig
+from ..references import ModelReference
 from ..registration import PREFIX_PLUS
 from ..saving.files import CARD_NAME, complete_model_cards, update_model_card, write_atomically
 from ..saving.together import saving_together
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 def act_as_a_whole(model: PeftModel) -> None:
     """Let the operations of a `PeftModel` leave it as it was if they end by an error or an interrupt."""
     for name, operation in OPERATIONS.items():
-        setattr(model, name, operation(model, name))
+        setattr(model, name, operation(ModelReference(model), name))
     complete_model_cards(model)
 
 
@@ -45,12 +46,17 @@ class Operation:
     A method of a `PeftModel`, as a whole.
 
     Args:
-        model (`PeftModel`): The model.
+        reference (`ModelReference`): The model.
         name (`str`): The method's name.
     """
 
-    model: Any
+    reference: ModelReference
     name: str
+
+    @property
+    def model(self) -> Any:
+        """The `PeftModel`."""
+        return self.reference()
 
     @property
     def __wrapped__(self) -> Any:
@@ -65,7 +71,7 @@ class Operation:
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by name; further keyword arguments are under `"kwargs"`."""
-        bound = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
+        bound = inspect.signature(types.MethodType(getattr(PeftModel, self.name), self.model)).bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.arguments
 
@@ -87,16 +93,11 @@ class SetAdapter(Operation):
 
 
 class DeleteAdapter(Operation):
-    """`PeftModel.delete_adapter`, after which the model names an adapter that it has."""
+    """`PeftModel.delete_adapter`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        model = self.model
-        with all_or_nothing(model):
+        with all_or_nothing(self.model):
             self.__wrapped__(*args, **kwargs)
-            # PEFT looks the configuration of the one that it names up in each call
-            remaining = [*model.active_adapters, *model.peft_config]
-            if model.active_adapter not in model.peft_config and remaining:
-                model.active_adapter = remaining[0]
 
 
 class DisableAdapter(Operation):

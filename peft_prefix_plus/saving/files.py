@@ -19,6 +19,7 @@ import peft
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
+from ..references import ModelReference
 from ..registration import PREFIX_PLUS
 from .model_card import SavedAdapter, how_to_use, is_hub_id, update_metadata, with_section
 from .weights import UNFINISHED
@@ -101,26 +102,27 @@ def complete_model_cards(model: Any) -> None:
     Args:
         model (`PeftModel`): The model.
     """
-    model.create_or_update_model_card = _CardWriter(model)
-    model._upload_modified_files = _Uploader(model)
+    model.create_or_update_model_card = _CardWriter(ModelReference(model))
+    model._upload_modified_files = _Uploader(ModelReference(model))
 
 
 @dataclass
 class _CardWriter:
     """A model's `create_or_update_model_card`, which completes the card that PEFT writes, and never leaves half of one."""
 
-    model: Any
+    model: ModelReference
 
     def __call__(self, output_dir: str, repo_id: str | None = None) -> None:
+        model = self.model()
         previous = _load_metadata(output_dir)
         card = os.path.join(output_dir, CARD_NAME)
         with tempfile.TemporaryDirectory() as directory:
             if os.path.exists(card):
                 shutil.copy(card, directory)
-            type(self.model).create_or_update_model_card(self.model, directory)
+            type(model).create_or_update_model_card(model, directory)
             with open(os.path.join(directory, CARD_NAME), encoding="utf-8", newline="") as written:
                 write_atomically(card, written.read())
-        if any(config.peft_type == PREFIX_PLUS for config in self.model.peft_config.values()):
+        if any(config.peft_type == PREFIX_PLUS for config in model.peft_config.values()):
             _restore_metadata(output_dir, previous)
             update_model_card(output_dir, repo_id)
 
@@ -129,11 +131,12 @@ class _CardWriter:
 class _Uploader:
     """A model's `_upload_modified_files`, which completes the card that `push_to_hub` has put in the directory."""
 
-    model: Any
+    model: ModelReference
 
     def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         _CardWriter(self.model)(working_dir, repo_id)
-        return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
+        model = self.model()
+        return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------- what is there

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import os
 import random
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -255,6 +257,26 @@ def test_a_copy_of_a_model_changes_itself() -> None:
     assert same(described(model), before)
     assert list(other.peft_config) == ["b"]
     assert other.active_adapter == "b"
+
+
+def test_a_deleted_model_is_gone_at_once() -> None:
+    model = two_adapters()
+    base = weakref.ref(model.get_base_model())
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del model
+        assert base() is None
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def test_deleting_the_active_adapter_by_the_tuner_names_another() -> None:
+    model = two_adapters()
+    model.base_model.delete_adapter("default")
+    assert model.active_adapter == "b"
+    output_of(model, input_ids=token_ids())
 
 
 def test_a_model_can_be_pickled_and_still_acts_as_a_whole(tmp_path: Path) -> None:
