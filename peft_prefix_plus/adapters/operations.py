@@ -132,6 +132,7 @@ class LoadAdapter(Operation):
         arguments = self.arguments(*args, **kwargs)
         name, source = arguments["adapter_name"], arguments["model_id"]
         hub_kwargs, _ = self.model._split_kwargs(dict(arguments["kwargs"]))
+        hub_kwargs.pop("use_auth_token", None)
         # of an adapter that `PeftModel.from_pretrained` has just made: the base model before that
         made = self.tuner.before_loading.pop(name, None)
         before = Snapshot(self.model, adapter_name=name) if made is None else made

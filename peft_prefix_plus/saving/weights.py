@@ -195,19 +195,19 @@ def check_saved_weights(weights: SavedWeights, fields: Mapping[str, Any]) -> Non
 def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
     hidden_size = fields["encoder_hidden_size"] or fields["encoder_dim"]
     length, width = ("num_virtual_tokens", fields["num_virtual_tokens"]), ("encoder_dim", fields["encoder_dim"])
-    expected = {
+    forms: dict[str, dict[str, Any]] = {
         "none": {"key": (None, length, None), "value": (None, length, None)},
         "linear": {"virtual_tokens": (length, width)},
         "mlp": {"virtual_tokens": (length, width), "hidden": (("encoder_hidden_size", hidden_size), width)},
-    }[fields["reparameterization"]]
+    }
+    expected = forms[fields["reparameterization"]]
     found: set[str] = set()
     for name, shape in weights.shapes.items():
         match = _SIZED.search(name)
         if match is None or match["part"] not in expected:
             continue
         found.add(match["part"])
-        sizes: Any = expected[match["part"]]
-        for size, wanted in zip(shape, sizes, strict=False):
+        for size, wanted in zip(shape, expected[match["part"]], strict=False):
             if wanted is not None and size != wanted[1]:
                 raise ValueError(
                     f"{weights.path} does not fit its configuration: {name} has shape {shape} in it, but `{wanted[0]}` is "

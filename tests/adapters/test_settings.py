@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import output_of, prefix_config, prefixed, tiny_model, token_ids
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_threads import MODELS
 
@@ -244,3 +244,17 @@ def test_a_model_with_a_prefix_is_told_to_load_a_further_one(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"model\.load_adapter\(directory, adapter_name='other'\)"):
         PeftModel.from_pretrained(model, tmp_path)
     assert torch.equal(output_of(model, **INPUTS), expected)
+
+
+def test_a_configuration_of_another_method_is_that_methods(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert isinstance(PrefixPlusConfig.from_pretrained(tmp_path), LoraConfig)
+
+
+def test_a_configuration_handed_over_must_mean_the_same_by_the_weights(tmp_path: Path) -> None:
+    model = prefixed(tiny_model(), position_free=False).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="position_free"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path, config=prefix_config())
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, config=prefix_config(position_free=False))
+    assert torch.equal(output_of(loaded, **INPUTS), output_of(model, **INPUTS))
