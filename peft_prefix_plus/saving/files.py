@@ -11,15 +11,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from ..references import ModelReference
 from ..registration import PREFIX_PLUS
 from .model_card import SavedAdapter, how_to_use, is_hub_id, update_metadata, with_section
 from .weights import UNFINISHED
@@ -91,52 +89,27 @@ def update_model_card(directory: str, repo_id: str | None = None, any_library: b
     write_atomically(os.path.join(directory, CARD_NAME), str(card))
 
 
-def complete_model_cards(model: Any) -> None:
+def write_model_card(write: Callable[[str], None], directory: str, repo_id: str | None, has_prefix: bool) -> None:
     """
-    Let a model with a PREFIX_PLUS adapter complete the cards that are written for it; no other model is touched.
-
-    PEFT writes a card over the one that is there. `push_to_hub` replaces the saved card by the one of the repository or by
-    transformers' template, and `Trainer.create_model_card` by its own. These two methods of the model are the last to see
-    those.
+    Write a model's card, complete it, and never leave half of one.
 
     Args:
-        model (`PeftModel`): The model.
+        write (`Callable`): Writes PEFT's card in a directory, over the one that is there.
+        directory (`str`): The directory of the card.
+        repo_id (`str`, *optional*): The repository that the directory goes to; `None` if it is not known.
+        has_prefix (`bool`): Whether the model has a PREFIX_PLUS adapter. Another model's card is left as PEFT writes it.
     """
-    model.create_or_update_model_card = _CardWriter(ModelReference(model))
-    model._upload_modified_files = _Uploader(ModelReference(model))
-
-
-@dataclass
-class _CardWriter:
-    """A model's `create_or_update_model_card`, which completes the card that PEFT writes, and never leaves half of one."""
-
-    model: ModelReference
-
-    def __call__(self, output_dir: str, repo_id: str | None = None) -> None:
-        model = self.model()
-        previous = _load_metadata(output_dir)
-        card = os.path.join(output_dir, CARD_NAME)
-        with tempfile.TemporaryDirectory() as directory:
-            if os.path.exists(card):
-                shutil.copy(card, directory)
-            type(model).create_or_update_model_card(model, directory)
-            with open(os.path.join(directory, CARD_NAME), encoding="utf-8", newline="") as written:
-                write_atomically(card, written.read())
-        if any(config.peft_type == PREFIX_PLUS for config in model.peft_config.values()):
-            _restore_metadata(output_dir, previous)
-            update_model_card(output_dir, repo_id)
-
-
-@dataclass
-class _Uploader:
-    """A model's `_upload_modified_files`, which completes the card that `push_to_hub` has put in the directory."""
-
-    model: ModelReference
-
-    def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        _CardWriter(self.model)(working_dir, repo_id)
-        model = self.model()
-        return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+    previous = _load_metadata(directory)
+    card = os.path.join(directory, CARD_NAME)
+    with tempfile.TemporaryDirectory() as folder:
+        if os.path.exists(card):
+            shutil.copy(card, folder)
+        write(folder)
+        with open(os.path.join(folder, CARD_NAME), encoding="utf-8", newline="") as written:
+            write_atomically(card, written.read())
+    if has_prefix:
+        _restore_metadata(directory, previous)
+        update_model_card(directory, repo_id)
 
 
 # ---------------------------------------------------------------------------------------------------- what is there

@@ -200,7 +200,7 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
         "linear": {"virtual_tokens": (length, width)},
         "mlp": {"virtual_tokens": (length, width), "hidden": (("encoder_hidden_size", hidden_size), width)},
     }
-    expected = forms[fields["reparameterization"]]
+    expected = forms.get(fields["reparameterization"], {})
     found: set[str] = set()
     for name, shape in weights.shapes.items():
         match = _SIZED.search(name)
