@@ -127,7 +127,7 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except BROKEN_FILE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(
             f"{os.fspath(path)} cannot be read as an adapter ({type(error).__name__}: {reason}). It is incomplete or broken: "
             "copy or download it again, or save the adapter anew."
