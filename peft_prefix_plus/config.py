@@ -12,11 +12,13 @@ from typing import Any, Literal, get_args
 
 import regex
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
+from .saving.weights import check_saved_weights, find_weights, naming_file, read_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -98,7 +100,7 @@ class PrefixPlusConfig(PeftConfig):
             so that it finds the same in a query wherever that stands. `False` puts the prefix at fixed positions before
             the text, where PREFIX_TUNING has it, and a text's own keys and values are. `None` means `True` if all chosen
             attention modules have no such rotation or one that can be undone; what it resolved to is in
-            `model.peft_config`, and saved. Measured, `True` learns far better.
+            `model.resolved_config(adapter_name)`, and saved. Measured, `True` learns far better.
         init_weights (`bool` or `str`, defaults to `True`):
             `True`: a quiet start, beside the base model: random keys that the attention module's own queries pass over, and
             values of zero; with a gate, a closed one over random values. `False` or `"random"`: random keys and values
@@ -335,10 +337,34 @@ class PrefixPlusConfig(PeftConfig):
             pretrained_model_name_or_path (`str`): A directory or a repository on the Hub.
             subfolder (`str`, *optional*): A folder in it.
             kwargs: As in [`PeftConfig.from_pretrained`].
+
+        Raises:
+            ValueError: If there is no configuration, it is broken, or the weights beside it were saved with another one.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        source = pretrained_model_name_or_path
+        with naming_file(os.path.join(source, subfolder or "", CONFIG_NAME)):
+            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        hub_kwargs, *_ = cls._split_kwargs(kwargs)
+        weights = find_weights(source, subfolder, **hub_kwargs)
+        if weights is not None and isinstance(config, PrefixPlusConfig):
+            check_saved_weights(read_weights(weights), config.to_dict())
         config.awaits_weights = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Load the fields of a configuration from a JSON file.
+
+        Raises:
+            ValueError: If the file has something else.
+        """
+        fields: Any = super().from_json_file(path_json_file, **kwargs)
+        if not isinstance(fields, dict):
+            raise ValueError(  # noqa: TRY004
+                f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}."
+            )
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
 from ..saving.files import update_model_card
+from ..saving.together import saving_together
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
 from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records
@@ -255,12 +254,10 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) ->
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Save the adapter, its card and the tokenizer, each file so that a crash leaves the old or the new one."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as directory:
+    """Save the adapter, its card and the tokenizer, all files together."""
+    with saving_together(output) as folder:
         if (output / "README.md").exists():
-            shutil.copy(output / "README.md", directory)  # PEFT updates the card that it finds
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        for path in Path(directory).iterdir():
-            os.replace(path, output / path.name)
-    update_model_card(str(output))  # the card was made under the temporary directory's name
+            shutil.copy(output / "README.md", folder)  # PEFT updates the card that it finds
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    update_model_card(str(output))  # of all adapters that lie there
