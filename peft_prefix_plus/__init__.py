@@ -14,15 +14,22 @@ from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
 from .starting.fitting import Residual
 from .starting.initialization import initialize_from_key_values, initialize_from_text
+from .training.distill import distill
+from .training.distillation import DistillationTrainer
 from .training.parameter_groups import prefix_plus_param_groups
+from .training.self_study import SelfStudy, Template
 
 
 __all__ = [
+    "DistillationTrainer",
     "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "Residual",
+    "SelfStudy",
+    "Template",
+    "distill",
     "example_inputs",
     "flatten",
     "from_prefix_tuning",
