@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from ..config import PrefixPlusConfig
 from ..training.checkpoints import checkpoints

@@ -46,7 +46,9 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, k: int | None) -> t
 
 def _log_rest(log_probabilities: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The logarithm of the probability of all tokens but these, (tokens, 1)."""
-    return log_probabilities.scatter(-1, indices, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    others = log_probabilities.scatter(-1, indices, float("-inf"))
+    # where all others are ruled out, -inf has no gradient
+    return others.clamp(min=torch.finfo(others.dtype).min).logsumexp(dim=-1, keepdim=True)
 
 
 def summed_divergence(student: torch.Tensor, teacher: torch.Tensor, head: Head, k: int | None) -> torch.Tensor:
