@@ -6,14 +6,25 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 SPECIAL = ("<end>", "<system>", "<user>", "<assistant>")
-WORDS = "the a red blue green table chair cup box is on under what where which says text : ? . 1 2 3 4 5".split()
-VOCABULARY = [*SPECIAL, *WORDS]
 DOCUMENT = "the red cup is on the table . the blue box is under the chair . the green chair is on a box ."
+VOCABULARY = [
+    *SPECIAL,
+    *dict.fromkeys([*DOCUMENT.split(), "what", "where", "which", "says", "text", ":", "?", *"12345"]),
+]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {{ message.content }} <end> {% endfor %}"
@@ -30,7 +41,9 @@ SPECIAL_IDS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=0, pad_token_id=
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, **SPECIAL_IDS)),
     # dropout, and learned positions
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, **SPECIAL_IDS, n_inner=48, n_positions=128, initializer_range=0.3)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(**SIZES, **SPECIAL_IDS, n_inner=48, n_positions=128, initializer_range=0.3)
+    ),
     # a window that is shorter than the document
     "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, **SPECIAL_IDS, sliding_window=6)),
     # a soft cap on the logits

@@ -43,7 +43,8 @@ def data(template=None, window_tokens=100):
     chat = Chat(chat_tokenizer() if template is None else chat_tokenizer(template))
     windows = read_text(chat, DOCUMENT, window_tokens)
     conversations = [
-        Conversation(prompt, chat.answer(answer), number % len(windows)) for number, (prompt, answer) in enumerate(PAIRS)
+        Conversation(prompt, chat.answer(answer), number % len(windows))
+        for number, (prompt, answer) in enumerate(PAIRS)
     ]
     return chat, windows, conversations, encode_conversations(conversations, chat, windows)
 
@@ -77,7 +78,9 @@ def test_the_teachers_logits_are_the_base_models_bit_for_bit(name, tmp_path):
     with torch.no_grad():
         cache = base(input_ids=torch.tensor([windows[0].token_ids]), use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(rows))
-        mask = torch.cat([torch.ones(len(rows), len(windows[0].token_ids), dtype=torch.long), batch["teacher_mask"]], dim=1)
+        mask = torch.cat(
+            [torch.ones(len(rows), len(windows[0].token_ids), dtype=torch.long), batch["teacher_mask"]], dim=1
+        )
         logits = base(input_ids=batch["teacher_ids"], attention_mask=mask, past_key_values=cache).logits
     expected = logits[predicting_positions(batch["teacher_labels"])]
 
@@ -89,7 +92,9 @@ def test_the_teachers_logits_are_the_base_models_bit_for_bit(name, tmp_path):
         states = run.teacher_states(run.model, batch)
         assert (run.head is None) == (name == "gemma2")
         assert torch.equal(states if run.head is None else run.head(states), expected)
-    assert model.training and not torch.equal(model(input_ids=batch["input_ids"]).logits, base(input_ids=batch["input_ids"]).logits)
+    assert model.training and not torch.equal(
+        model(input_ids=batch["input_ids"]).logits, base(input_ids=batch["input_ids"]).logits
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,7 +124,8 @@ def test_teacher_and_student_see_the_same_answers_in_templates_without_a_system_
     for conversation, row in zip(conversations, rows, strict=True):
         whole = [*windows[0].token_ids, *row["teacher_ids"]]
         assert chat.tokenizer.decode(whole) == (
-            f"<user> {DOCUMENT} {conversation.prompt} <end> <assistant> " + chat.tokenizer.decode(conversation.answer_ids)
+            f"<user> {DOCUMENT} {conversation.prompt} <end> <assistant> "
+            + chat.tokenizer.decode(conversation.answer_ids)
         )
         assert row["input_ids"][-len(conversation.answer_ids) :] == conversation.answer_ids
         assert chat.tokenizer.decode(row["input_ids"]).startswith(f"<user> {conversation.prompt}")

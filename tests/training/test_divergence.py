@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -45,7 +47,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_formula(k):
 def test_fewer_tokens_one_by_one_never_see_more_divergence():
     student, teacher = 3 * drawn(TOKENS, VOCABULARY, seed=0), 3 * drawn(TOKENS, VOCABULARY, seed=1)
     values = [divergence(student, teacher, k) for k in (1, 3, 6, None)]
-    for fewer, more in zip(values[:-1], values[1:], strict=True):
+    for fewer, more in pairwise(values):
         assert (fewer <= more + 1e-12).all() and (fewer >= 0).all()
 
 
@@ -65,7 +67,8 @@ def test_a_token_that_both_rule_out_counts_nothing():
 def test_the_sum_in_chunks_has_the_same_gradient_and_never_more_logits_than_allowed(monkeypatch, rows, k):
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", rows * VOCABULARY)
     student, teacher, weight = (
-        drawn(*shape, seed=seed) for seed, shape in enumerate([(TOKENS, HIDDEN), (TOKENS, HIDDEN), (VOCABULARY, HIDDEN)])
+        drawn(*shape, seed=seed)
+        for seed, shape in enumerate([(TOKENS, HIDDEN), (TOKENS, HIDDEN), (VOCABULARY, HIDDEN)])
     )
     student.requires_grad_()
     seen = []
