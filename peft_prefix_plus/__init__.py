@@ -1,7 +1,9 @@
 """peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
 
+from .adapters.composition import compose
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
+from .conversion.cartridge import from_cartridge, to_cartridge
 from .conversion.flatten import flatten, prefix_key_values
 from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .insight.attention_mass import prefix_attention_mass
@@ -12,6 +14,7 @@ from .model import PrefixPlusModel
 from .probing.inputs import example_inputs
 from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
+from .starting.compaction import AttentionResidual
 from .starting.fitting import Residual
 from .starting.initialization import initialize_from_key_values, initialize_from_text
 from .training.distill import distill
@@ -21,6 +24,7 @@ from .training.self_study import SelfStudy, Template
 
 
 __all__ = [
+    "AttentionResidual",
     "DistillationTrainer",
     "LayerSuggestion",
     "PrefixPlusConfig",
@@ -29,9 +33,11 @@ __all__ = [
     "Residual",
     "SelfStudy",
     "Template",
+    "compose",
     "distill",
     "example_inputs",
     "flatten",
+    "from_cartridge",
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
@@ -43,6 +49,7 @@ __all__ = [
     "prefix_plus_param_groups",
     "prune_layers",
     "suggest_layers",
+    "to_cartridge",
     "to_prefix_tuning",
 ]
 

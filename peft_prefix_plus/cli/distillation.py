@@ -28,7 +28,9 @@ class DocumentPrefixConfig(PrefixPlusConfig):
     num_virtual_tokens: int = field(default=128, metadata={"help": "Number of prefix positions per attention module."})
     position_free: bool | None = field(
         default=False,
-        metadata={"help": "The prefix meets queries without their rotary position; then it starts from no text."},
+        metadata={
+            "help": "The prefix meets queries without their rotary position; None means True wherever possible."
+        },
     )
 
     def plain(self) -> PrefixPlusConfig:
@@ -78,7 +80,9 @@ class DistillationSettings:
     )
     start: str | None = field(
         default=None,
-        metadata={"help": "Where the prefix starts: text (the document's first tokens) or config; None chooses."},
+        metadata={
+            "help": "Where the prefix starts: attention (it stands for the document), first (its first tokens), config; None chooses."
+        },
     )
     distractors: list[str] | None = field(
         default=None,

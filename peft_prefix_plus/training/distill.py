@@ -25,7 +25,7 @@ from .document import Chat, Message, Window, read_messages, read_text
 from .self_study import SelfStudy, answer_prompts, study
 
 
-STARTS = ("text", "config")
+STARTS = ("attention", "first", "config")
 
 CONVERSATIONS_FILE = "conversations.jsonl"
 RUN_FILE = "distillation.json"
@@ -73,8 +73,9 @@ def distill(
         adapter_name (`str`, defaults to `"default"`): The adapter.
         prompts (`Sequence[str | tuple[str, str]]`, *optional*): What to ask, or pairs of that and the answer. `None` means self-study.
         self_study (`SelfStudy`, *optional*): How self-study is done, and how answers to prompts are written.
-        start (`str`, *optional*): `"text"`: the prefix starts from the document's first tokens. `"config"`: as the configuration says.
-            `None` means `"text"` for a prefix in the softmax at fixed positions.
+        start (`str`, *optional*): Where the prefix starts: `"attention"` or `"first"`, the methods of [`initialize_from_text`], from
+            the document (its first window); or `"config"`, as the configuration says. `None` means `"attention"` for a prefix in
+            the softmax, and `"config"` for others.
         window_tokens (`int`, *optional*): The most tokens of the document in the teacher's context. `None` means half of the model's
             context, the rest of which conversations have.
         k (`int`, *optional*, defaults to 20): How many of the teacher's likeliest tokens count one by one; `None` means all.
@@ -240,19 +241,20 @@ def undone_on_error(model: Any, adapted: Any, adapter_name: str) -> Iterator[Non
 
 def start_prefix(model: Any, chat: Chat, window: Window, adapter_name: str, start: str | None) -> None:
     """
-    Start a prefix from the first tokens of what the teacher has in its context, if that is wanted.
+    Start a prefix from what the teacher has in its context, if that is wanted.
 
     Raises:
         ValueError: If it has fewer tokens than the prefix.
     """
     layers = [layer for _, layer in layers_with_adapter(model, adapter_name)]
     if start is None:
-        fits = all(layer.is_joint(adapter_name) and not layer.reads_unrotated(adapter_name) for layer in layers)
-        start = "text" if fits else "config"
-    if start == "text":
-        length = layers[0].prefix_key_value(adapter_name)[0].shape[1]
-        first = chat.first_tokens(chat.before_prompt(window), length)
-        initialize_from_text(model, chat.tokenizer, first, adapter_name, add_special_tokens=False)
+        start = "attention" if all(layer.is_joint(adapter_name) for layer in layers) else "config"
+    if start == "config":
+        return
+    text = chat.before_prompt(window)
+    if start == "first":
+        text = chat.first_tokens(text, layers[0].prefix_key_value(adapter_name)[0].shape[1])
+    initialize_from_text(model, chat.tokenizer, text, adapter_name, add_special_tokens=False, method=start)
 
 
 # --------------------------------------------------------------------------------------------------- the output directory

@@ -147,7 +147,10 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, document: P
         (distilling(base, document, output, "--window-tokens", 100_000), "room for conversations"),
         (distilling(base, document, output, "--num-virtual-tokens", 100), "num_virtual_tokens=100"),
         (distilling(base, document, output, "--temperature", -1), "`temperature` must be at least 0"),
-        (distilling(base, document, output, "--start", "middle"), "`start` must be one of text, config, got 'middle'"),
+        (
+            distilling(base, document, output, "--start", "middle"),
+            "`start` must be one of attention, first, config, got 'middle'",
+        ),
         (distilling(base, document, output, "--distractors", tmp_path / "absent"), "Cannot load the adapter"),
     ):
         assert message in failure(*arguments)

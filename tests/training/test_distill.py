@@ -180,10 +180,19 @@ def test_given_prompts_and_answers_are_what_is_learned(tmp_path):
     assert model.active_adapter == "default"
 
 
-def test_the_prefix_starts_from_what_the_teacher_has_in_its_context(tmp_path):
-    model = run(tmp_path, args=arguments(tmp_path, max_steps=1, learning_rate=0.0))
-    expected = get_peft_model(chat_model(), config())
-    initialize_from_text(expected, chat_tokenizer(), "<system> the red cup", add_special_tokens=False)
+@pytest.mark.parametrize(
+    ("start", "position_free"), [("first", False), ("attention", False), (None, True), ("config", True)]
+)
+def test_the_prefix_starts_from_what_the_teacher_has_in_its_context(start, position_free, tmp_path):
+    fields = dict(position_free=position_free)
+    still = arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    model = run(tmp_path, args=still, start=start, config=config(**fields))
+    torch.manual_seed(3)
+    expected = get_peft_model(chat_model(), config(**fields))
+    if start != "config":
+        context = f"<system> {DOCUMENT} <end> <user> " if start != "first" else "<system> the red cup"
+        method = start or "attention"
+        initialize_from_text(expected, chat_tokenizer(), context, add_special_tokens=False, method=method)
     for name, pair in prefix_key_values(model).items():
         for found, wanted in zip(pair, prefix_key_values(expected)[name], strict=True):
             assert torch.equal(found, wanted)
@@ -221,7 +230,7 @@ def test_a_model_that_has_the_adapter_is_trained_as_it_is(tmp_path):
         (dict(prompts=[]), "`prompts` is empty"),
         (dict(prompts=["what", ("where", " ")]), r"`prompts\[1\]`"),
         (dict(prompts=["what"], text=DOCUMENT * 5, window_tokens=60), "windows, and which of them a prompt is about"),
-        (dict(start="middle"), "`start` must be one of 'text', 'config' or None, got 'middle'"),
+        (dict(start="middle"), "`start` must be one of 'attention', 'first', 'config' or None, got 'middle'"),
         (dict(distractors=["absent"]), "no PREFIX_PLUS adapter named 'absent'"),
         (dict(tokenizer=chat_tokenizer(None)), "has no chat template"),
     ],
