@@ -114,10 +114,10 @@ def distill(
         },
     )
     run.check()
-    adapted = with_adapter(model, config, adapter_name)
-    with undone_on_error(model, adapted, adapter_name):
+    with added_adapter(model, config, adapter_name) as adapted:
         check_distractors(adapted, distractors)
-        start_prefix(adapted, chat, windows[0], adapter_name, start)
+        if not checkpoints(run.directory, complete_only=True):  # which has the prefix that training goes on from
+            start_prefix(adapted, chat, windows[0], adapter_name, start)
     with arguments.main_process_first(desc="self-study"):  # the other processes read what the first has written
         run.begin()
         conversations = run.conversations(adapted, chat, windows, prompts, settings, not arguments.disable_tqdm)
@@ -226,16 +226,23 @@ def with_adapter(model: Any, config: PrefixPlusConfig | None, adapter_name: str)
 
 
 @contextmanager
-def undone_on_error(model: Any, adapted: Any, adapter_name: str) -> Iterator[None]:
-    """Take an adapter that was only just added away again if the checks that need it fail."""
-    before = set(model.peft_config) if model is adapted else set()
+def added_adapter(model: Any, config: PrefixPlusConfig | None, adapter_name: str) -> Iterator[Any]:
+    """Yield [`with_adapter`], and leave the model as it was if what is done with it fails."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = list(model.peft_config) if isinstance(model, PeftModel) else []
+    active = model.active_adapter if names else None
+    adapted = with_adapter(model, config, adapter_name)
     try:
-        yield
+        yield adapted
     except Exception:
-        if model is not adapted:
+        if not names:
             adapted.unload()
-        elif adapter_name not in before:
-            model.delete_adapter(adapter_name)
+        elif adapter_name not in names:
+            adapted.delete_adapter(adapter_name)
+        if names:
+            adapted.set_adapter(active)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         raise
 
 

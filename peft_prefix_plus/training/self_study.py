@@ -53,26 +53,30 @@ class Template:
         return self.prompt.replace("{piece}", piece).replace("{start}", first_words(piece))
 
 
-TEMPLATES = (
-    Template(
-        "question", "{piece}\n\nWrite one question that this passage answers. Write the question only.", asks=True
-    ),
-    Template(
-        "detail",
-        "{piece}\n\nWrite one question about a name, a number or a date in this passage. Name what it is about. "
-        "Write the question only.",
-        asks=True,
-    ),
-    Template(
-        "use",
-        "{piece}\n\nSomebody needs this passage for a task. Write in one sentence what they ask an assistant to do. "
-        "Write the request only.",
-        asks=True,
-    ),
-    Template("summary", 'What does the passage say that begins with "{start}"? Summarize it.'),
-    Template("continuation", 'Go on from these words of the text: "{start}"', recites=True),
+QUESTION = Template(
+    "question", "{piece}\n\nWrite one question that this passage answers. Write the question only.", asks=True
 )
-"""The templates that are used unless the user gives others. Each is used as often as the others."""
+DETAIL = Template(
+    "detail",
+    "{piece}\n\nWrite one question about a name, a number or a date in this passage. Name what it is about. "
+    "Write the question only.",
+    asks=True,
+)
+USE = Template(
+    "use",
+    "{piece}\n\nSomebody needs this passage for a task. Write in one sentence what they ask an assistant to do. "
+    "Write the request only.",
+    asks=True,
+)
+SUMMARY = Template("summary", 'What does the passage say that begins with "{start}"? Summarize it.')
+CONTINUATION = Template("continuation", 'Go on from these words of the text: "{start}"', recites=True)
+QUOTATION = Template("quotation", 'What does the text say after "{start}"?', recites=True)
+
+TEMPLATES = (QUESTION, CONTINUATION, SUMMARY, QUOTATION, DETAIL, CONTINUATION, USE, QUOTATION)
+"""
+The templates that are used unless the user gives others, in turn. Half of the answers are the document's own words: they cost no
+writing, and a small model's own answers hold few of its facts.
+"""
 
 WORDS_OF_START = 8
 

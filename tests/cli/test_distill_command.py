@@ -111,7 +111,7 @@ def test_prompts_templates_and_distractors_are_files(base: Path, document: Path,
     rows = [{"prompt": "what is red"}, {"prompt": "where is the box", "completion": "on the table"}]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     run(*distilling(base, document, tmp_path / "two", "--data", data, "--distractors", tmp_path / "one"))
-    assert sorted(path.name for path in (tmp_path / "two").glob("*/adapter_model.safetensors")) == []
+    assert not list((tmp_path / "two").glob("distractor*"))
     assert not [name for name in load_file(tmp_path / "two" / "adapter_model.safetensors") if "distractor" in name]
 
     templates = tmp_path / "templates.jsonl"
