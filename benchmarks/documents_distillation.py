@@ -33,7 +33,7 @@ from peft_prefix_plus.training.conversations import Conversation, ConversationFi
 from peft_prefix_plus.training.distill import start_prefix
 from peft_prefix_plus.training.distillation import DistillationCollator, encode_conversations, predicting_positions
 from peft_prefix_plus.training.document import Chat, Window, read_text
-from peft_prefix_plus.training.self_study import study
+from peft_prefix_plus.training.self_study import Writer, study
 from peft_prefix_plus.training.teacher import Contexts
 
 
@@ -111,19 +111,29 @@ def answer_loss(model: Any, place: Place, has_document: bool = False) -> float:
     return total / count
 
 
-@torch.no_grad()
-def share_of_facts(model: Any, place: Place, window: Window | None = None) -> float:
+def share_of_facts(model: Any, place: Place, has_document: bool = False) -> float:
     """Return the share of the questions whose greedy answer has the fact in it."""
-    model.eval()
-    found = 0
-    for each in place.questions:
-        ids = torch.tensor([place.chat.prompt(each.question, window)])
-        limit = len(place.chat.answer(each.answer)) + 8
-        output = model.generate(
-            input_ids=ids, max_new_tokens=limit, do_sample=False, pad_token_id=place.chat.padding_id()
-        )
-        found += each.fact.lower() in place.chat.text(output[0, ids.shape[1] :].tolist()).lower()
-    return found / len(place.questions)
+    prompts = [each.question for each in place.questions]
+    limit = 8 + max(len(place.chat.answer(each.answer)) for each in place.questions)
+    if has_document:
+        writer = Writer(model, place.chat, [place.window], temperature=0)
+        answers = [
+            answer
+            for start in range(0, len(prompts), 8)
+            for answer in writer.answers(prompts[start : start + 8], [0] * len(prompts[start : start + 8]), limit)
+        ]
+    else:
+        answers = [greedy_answer(model.eval(), place.chat, prompt, limit) for prompt in prompts]
+    texts = [place.chat.text(answer).lower() for answer in answers]
+    return sum(each.fact.lower() in text for each, text in zip(place.questions, texts, strict=True)) / len(prompts)
+
+
+@torch.no_grad()
+def greedy_answer(model: Any, chat: Chat, prompt: str, limit: int) -> list[int]:
+    """Answer alone in a batch: PEFT's prompt learning ignores position ids in `generate`, so padding moves the text away from the prefix."""
+    ids = torch.tensor([chat.prompt(prompt)])
+    output = model.generate(input_ids=ids, max_new_tokens=limit, do_sample=False, pad_token_id=chat.padding_id())
+    return list(output[0, ids.shape[1] :].tolist())
 
 
 def base_result(place: Place) -> dict[str, float]:
@@ -133,7 +143,7 @@ def base_result(place: Place) -> dict[str, float]:
         "loss_without": answer_loss(base, place),
         "loss_with": answer_loss(base, place, has_document=True),
         "facts_without": share_of_facts(base, place),
-        "facts_with": share_of_facts(base, place, place.window),
+        "facts_with": share_of_facts(base, place, has_document=True),
     }
 
 

@@ -15,6 +15,9 @@ Message = dict[str, str]
 OVERLAP = 8
 """Neighbouring windows share one part in this many of their tokens."""
 
+MERGING = 8
+"""How many plain tokens before a prompt might be others together with its first ones. A special token never is."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -81,12 +84,16 @@ class Chat:
     def window(self, messages: Sequence[Message], in_prompt: str, text: str) -> Window:
         """Return the window that these messages are, with what all its conversations begin with."""
         window = Window(tuple(messages), in_prompt, text, ())
-        one, another = (self.prompt(probe, window) for probe in ("a", "1"))
-        same = next((i for i, pair in enumerate(zip(one, another, strict=False)) if len(set(pair)) > 1), len(one))
+        before = self.before_prompt(window)
+        rendered = self._render(self._messages("a", window), True)
+        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        inside = [end <= len(before) for _, end in encoded["offset_mapping"]]
+        token_ids = encoded["input_ids"][: sum(inside)]
         special = set(self.tokenizer.all_special_ids)
-        # a plain token at the end could be another one together with what follows
-        last = next((i for i in reversed(range(same)) if one[i] in special), None)
-        return Window(window.messages, in_prompt, text, tuple(one[: same if last is None else last + 1]))
+        after_special = max((i + 1 for i, token in enumerate(token_ids) if token in special), default=0)
+        return Window(
+            window.messages, in_prompt, text, tuple(token_ids[: max(after_special, len(token_ids) - MERGING)])
+        )
 
     def before_prompt(self, window: Window) -> str:
         """Return what stands before every prompt with this window in the context."""

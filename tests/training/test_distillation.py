@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
-from documents import DOCUMENT, MODELS, NO_SYSTEM_TEMPLATE, chat_model, chat_tokenizer
+from documents import CHAT_TEMPLATE, DOCUMENT, MODELS, NO_SYSTEM_TEMPLATE, SPECIAL, chat_model, chat_tokenizer
 from peft import LoraConfig, get_peft_model
 from sharding import run
 from transformers import TrainingArguments
@@ -121,6 +122,7 @@ def test_the_loss_is_the_divergence_from_the_base_model_that_reads_the_document(
 def test_teacher_and_student_see_the_same_answers_in_templates_without_a_system_message():
     chat, windows, conversations, rows = data(NO_SYSTEM_TEMPLATE)
     assert windows[0].messages == () and windows[0].in_prompt == f"{DOCUMENT}\n\n"
+    assert len(windows[0].token_ids) > len(DOCUMENT.split()) - 8  # most of the document is read once
     for conversation, row in zip(conversations, rows, strict=True):
         whole = [*windows[0].token_ids, *row["teacher_ids"]]
         assert chat.tokenizer.decode(whole) == (
@@ -129,6 +131,16 @@ def test_teacher_and_student_see_the_same_answers_in_templates_without_a_system_
         )
         assert row["input_ids"][-len(conversation.answer_ids) :] == conversation.answer_ids
         assert chat.tokenizer.decode(row["input_ids"]).startswith(f"<user> {conversation.prompt}")
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE])
+def test_a_window_ends_before_the_prompt_even_where_the_tokenizer_knows_no_word_of_it(template, monkeypatch):
+    monkeypatch.setattr("documents.VOCABULARY", [*SPECIAL, "?", "red"])
+    chat = Chat(chat_tokenizer(template))
+    window = chat.of_text("red")
+    is_system = bool(window.messages)
+    assert chat.tokenizer.decode(window.token_ids) == ("<system> red <end> <user>" if is_system else "<user>")
+    assert is_system == (template == CHAT_TEMPLATE)
 
 
 def test_messages_are_one_window():
@@ -251,6 +263,33 @@ def test_distractors_are_active_beside_in_some_steps_and_stay_as_they_are(tmp_pa
     assert layer.active_adapters == ["default"]
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], p) and not parameters[name].requires_grad for name, p in frozen.items())
+
+
+def test_a_prefix_that_was_trained_beside_another_documents_works_better_beside_it(tmp_path):
+    _, windows, _, rows = data()
+    losses = {}
+    for distractors in ([], ["other"]):
+        model = adapted()
+        torch.manual_seed(2)
+        model.add_adapter("other", PrefixPlusConfig(**FIELDS))
+        chat = Chat(chat_tokenizer())
+        others = read_text(chat, " ".join(reversed(DOCUMENT.split())), 100)
+        asked = [Conversation(prompt, chat.answer("the blue table is under a red chair")) for prompt, _ in PAIRS]
+        steps = dict(max_steps=60, learning_rate=2e-2, per_device_train_batch_size=4)
+        for name, of_document, conversations in (
+            ("other", others, encode_conversations(asked, chat, others)),
+            ("default", windows, rows),
+        ):
+            model.set_adapter(name)
+            run = trainer(
+                model, tmp_path, of_document, conversations, distractors=distractors * (name == "default"), **steps
+            )
+            run.train()
+        with ExitStack() as stack:
+            for _, layer in model.base_model.prefix_layers():
+                stack.enter_context(layer.activating(["default", "other"]))
+            losses[bool(distractors)] = run.evaluate()["eval_loss"]
+    assert losses[True] < 0.8 * losses[False]
 
 
 def test_how_often_distractors_are_drawn():
