@@ -32,14 +32,17 @@ MOST_ENTRIES = 10_000
 @dataclass
 class PrefixPlusConfig(PeftConfig):
     """
-    Configuration of [`PrefixPlusModel`]: learned keys and values before the real ones in chosen attention modules.
+    Configuration of [`PrefixPlusModel`]: learned keys and values, a prefix, in the attention of chosen modules.
 
-    Per attention module, with `L_p = num_virtual_tokens`:
+    Per attention module, with `L_p = num_virtual_tokens`, the prefix (P_K, P_V) takes one of three forms:
 
-        out = softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V]
+        decoupled (the default)  out = softmax(s · Q Kᵀ + mask) V + silu(6 tanh(s/6 · Q P_Kᵀ)) P_V
+        joint                    out = softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V]
+        gated                    out = softmax(s · Q Kᵀ + mask) V + tanh(gate) softmax(s · Q P_Kᵀ) P_V
 
-    where the prefix (P_K, P_V) is learned directly or produced from a small learned input P' of shape
-    (L_p, `encoder_dim`). See Li & Liang, *Prefix-Tuning* (arXiv 2101.00190).
+    It is learned directly or produced from a small learned input P' of shape (L_p, `encoder_dim`). See Li & Liang, *Prefix-Tuning*
+    (arXiv 2101.00190), for the joint form; Wang et al., *PrefixMemory-Tuning* (arXiv 2506.13674), for the decoupled one; Zhang et al.,
+    *LLaMA-Adapter* (arXiv 2303.16199), for the gate.
 
     Args:
         num_virtual_tokens (`int`, defaults to 20):
@@ -79,10 +82,11 @@ class PrefixPlusConfig(PeftConfig):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model. A
             gate is 25 times its parameter, so that it opens at the learning rate of keys and values.
-        decoupled (`bool`, defaults to `False`):
-            Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
-            the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
-            exactly the base model. Not with `gating`.
+        decoupled (`bool`, *optional*):
+            `True`: add the prefix outside the softmax, so that it takes no attention away from the real tokens; its values start at
+            zero, and training at exactly the base model. `False`: the joint form, in which the prefix shares the softmax of the real
+            tokens, as in PREFIX_TUNING; it is what conversions, starts from a text and other serving engines need. `None` means
+            `True` unless `gating`, or `init_weights="zero"`, asks for another form.
         position_free (`bool`, *optional*):
             Where positions rotate queries and keys (RoPE): whether the prefix meets queries as they are before their rotation,
             so that it finds the same in a query wherever that stands. `False` puts the prefix at fixed positions before
@@ -156,10 +160,11 @@ class PrefixPlusConfig(PeftConfig):
         default=False,
         metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."},
     )
-    decoupled: bool = field(
-        default=False,
+    decoupled: bool | None = field(
+        default=None,
         metadata={
-            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model."
+            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model. False: the prefix "
+            "shares the softmax. None means True, unless gating or init_weights='zero' asks for another form."
         },
     )
     position_free: bool | None = field(
@@ -187,6 +192,8 @@ class PrefixPlusConfig(PeftConfig):
         self.peft_type = PREFIX_PLUS
         self._check_types()
         self._check_values()
+        if self.decoupled is None:
+            self.decoupled = not self.gating and self.init_weights != "zero"
         self._check_contradictions()
 
     def _check_types(self) -> None:
@@ -217,7 +224,7 @@ class PrefixPlusConfig(PeftConfig):
                 raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
         for name in ("encoder_prefix", "cross_prefix", "gating", "decoupled", "position_free"):
             value, expected = getattr(self, name), "True or False"
-            if name == "position_free":
+            if name in ("decoupled", "position_free"):
                 if value is None:
                     continue
                 expected = "True, False or None"

@@ -26,6 +26,10 @@ class DocumentPrefixConfig(PrefixPlusConfig):
     """[`PrefixPlusConfig`] with the defaults of a prefix for a document."""
 
     num_virtual_tokens: int = field(default=128, metadata={"help": "Number of prefix positions per attention module."})
+    decoupled: bool | None = field(
+        default=False,
+        metadata={"help": "Add the prefix outside the softmax, which a document's keys and values were not made for."},
+    )
     position_free: bool | None = field(
         default=False,
         metadata={

@@ -28,6 +28,9 @@ VALUE_RIDGE = 1e-2
 WEIGHT_STEPS = 100
 """Steps of the multiplicative updates that find the log-weights."""
 
+GREATEST_SCORE = 30.0
+"""The most that a kept key may score above all of the text's, in nats: its exponential and the square of that stay finite."""
+
 SMALLEST_WEIGHT = 1e-6
 """The least weight of a kept key."""
 
@@ -38,8 +41,7 @@ class AttentionResidual(NamedTuple):
     it was not fitted to.
 
     Attributes:
-        output: The norm of the difference of the outputs, relative to the norm of what the text changes. With 1, nothing would
-            be lost by leaving the prefix out.
+        output: The norm of the difference of the outputs, relative to the norm of the output with the text.
         mass: The root mean square of the difference between the shares of the attention that fall on the prefix and on the text.
     """
 
@@ -135,7 +137,10 @@ def log_weights(reading: Reading, key: torch.Tensor) -> torch.Tensor:
     weights, by multiplicative updates: the numbers that they start from are all positive.
     """
     text_share = torch.sigmoid(reading.text_lse - reading.real_lse)
-    masses = (reading.query @ key.T - reading.text_lse[:, None]).exp() * text_share[:, None]
+    scores = (
+        reading.query @ key.T - reading.text_lse[:, None]
+    )  # above 0 where a prefix meets other queries than the text does
+    masses = scores.clamp(max=GREATEST_SCORE).exp() * text_share[:, None]
     products, wanted = _gram(masses, masses), _gram(masses, text_share[:, None])[:, 0]
     weights = torch.ones_like(wanted)
     for _ in range(WEIGHT_STEPS):
@@ -171,14 +176,14 @@ def matching_error(readings: list[Reading], keys: torch.Tensor, values: torch.Te
         keys (`torch.Tensor`): The prefix's keys, (heads, num_tokens, key_dim).
         values (`torch.Tensor`): The prefix's values, (heads, num_tokens, value_dim).
     """
-    wrong, changed, masses = [], [], []
+    wrong, whole, masses = [], [], []
     for reading, key, value in zip(readings, keys, values, strict=True):
         shares, real_share = _shares(reading, key.to(reading.query))
         output = shares @ value.to(reading.query) + real_share[:, None] * reading.real_output
         wrong.append((output - reading.output).norm())
-        changed.append((reading.output - reading.real_output).norm())
+        whole.append(reading.output.norm())
         masses.append(real_share - torch.sigmoid(reading.real_lse - reading.text_lse))
-    relative = torch.stack(wrong).norm().item() / (torch.stack(changed).norm().item() or 1.0)
+    relative = torch.stack(wrong).norm().item() / (torch.stack(whole).norm().item() or 1.0)
     return AttentionResidual(relative, torch.cat(masses).square().mean().sqrt().item())
 
 

@@ -65,9 +65,8 @@ def initialize_from_text(
 
     Raises:
         TypeError: If the base model is not one of transformers.
-        ValueError: If the model has no such adapter, the text is too short, the model cannot read it, or it does not reach
-            one of the adapter's attention modules; with `"attention"`, if the adapter does not share the softmax of the real
-            tokens (a gate, decoupled). The adapter is then as it was.
+        ValueError: If the model has no such adapter, or it is decoupled, or with `"attention"` has a gate; if the text is too short,
+            the model cannot read it, or it does not reach one of the adapter's attention modules. The adapter is then as it was.
 
     Warns:
         UserWarning: With `"first"`, if the text is longer, or the adapter was position-free where that makes a difference.
@@ -77,6 +76,11 @@ def initialize_from_text(
     if prompts is not None and method != "attention":
         raise ValueError(f'`prompts` are read with method="attention" only, got method={method!r}.')
     layers = dict(layers_with_adapter(model, adapter_name))
+    if any(layer.is_decoupled[adapter_name] for layer in layers.values()):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is decoupled, and a text's keys and values act through the softmax that they share with the "
+            "input's. Make the adapter with PrefixPlusConfig(decoupled=False), or with gating=True."
+        )
     num_tokens = next(iter(layers.values())).prefix_key_value(adapter_name)[0].shape[1]
     token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if len(token_ids) < num_tokens:
@@ -127,8 +131,8 @@ def _match_attention(
     """Start a prefix from a whole text, by attention matching."""
     if not all(layer.is_joint(adapter_name) for layer in layers.values()):
         raise ValueError(
-            f'method="attention" matches a softmax over the prefix and the real tokens, but the prefix of adapter '
-            f'{adapter_name!r} has none in common with them (gating or decoupled). Use method="first", or an adapter without.'
+            f'Adapter {adapter_name!r} has a gate and a softmax of its own, and method="attention" matches one over the prefix and the '
+            'real tokens. Make the adapter with PrefixPlusConfig(decoupled=False), or use method="first".'
         )
     base = base_of(model)
     key_values = _key_values(base, adapter_name, layers, token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def read(model: nn.Module, token_ids: Sequence[int]) -> dict[str, KeyValue]:
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
         found.setdefault(name, (key[0], value[0]))
 
-    _run(model, token_ids, len(token_ids), record)
+    _run(model, token_ids, (), False, record)
     return found
 
 
@@ -55,7 +56,9 @@ def read_again(
     """
     Let a base model read a text and then prompts, and hand over what the prompts' queries see in each attention module.
 
-    Each prompt sees the text and itself: that is what it would see after a prefix.
+    What counts is the text and the prompt itself, which is what it would see after a prefix. Where a prefix meets unrotated queries,
+    each prompt begins at the position where an input would: a key there cannot tell near queries from far ones. Otherwise one follows
+    the other. Either is the better on a real model: docs/documents.md.
 
     Args:
         model (`nn.Module`): The base model.
@@ -66,7 +69,6 @@ def read_again(
         use (`Callable`): Takes the name of a module and, for each of its heads of keys, the queries to fit a prefix to, and those
             to measure it by. It is called while the model runs, so that the queries of one module at a time are in memory.
     """
-    length = len(token_ids)
     blocks = torch.cat([torch.full((len(prompt),), index) for index, prompt in enumerate(prompts)])
     modules = attention_modules(model)
     seen: set[str] = set()
@@ -90,7 +92,7 @@ def read_again(
             )
             use(name, *parts.readings(*key_values[name], blocks.to(query.device), is_causal))
 
-        _run(model, [*token_ids, *(token for prompt in prompts for token in prompt)], length, record)
+        _run(model, token_ids, prompts, bool(unrotated), record)
 
 
 class _Parts:
@@ -132,16 +134,29 @@ def _sees_ahead(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) is False
 
 
-def _run(model: nn.Module, token_ids: Sequence[int], length: int, record: Callable[..., None]) -> None:
-    """Run a base model on tokens of which the first `length` stand before an input."""
+def _run(
+    model: nn.Module,
+    token_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    begin_anew: bool,
+    record: Callable[..., None],
+) -> None:
+    """Run a base model on a text that stands before an input, and prompts after it, each or only the first where an input begins."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"A text can be read by a model of transformers, got a {type(model).__name__}.")
-    tokens = torch.tensor([list(token_ids)], device=execution_device(model))
-    inputs = {"input_ids": tokens}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
-    shifted = positions_before(model, inputs)
-    inputs.update({name: positions + (tokens.shape[1] - length) for name, positions in shifted.items()})
+    device = execution_device(model)
+    text = torch.tensor([list(token_ids)], device=device)
+    tokens = torch.tensor([[*token_ids, *(token for prompt in prompts for token in prompt)]], device=device)
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    names = ("input_ids", "decoder_input_ids") if is_encoder_decoder else ("input_ids",)
+    before = positions_before(model, dict.fromkeys(names, text))
+    lengths = [len(prompt) for prompt in prompts] if begin_anew else [tokens.shape[1] - text.shape[1]]
+    after = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    inputs = {name: torch.cat([positions, after], dim=1) for name, positions in before.items()}
+    inputs.update(dict.fromkeys(names, tokens))
+    if begin_anew and "attention_mask" in inspect.signature(model.forward).parameters:
+        # without a mask transformers takes positions that begin anew for packed sequences, which do not see each other
+        inputs["attention_mask"] = torch.ones_like(tokens)
     with recording(attention_modules(model), record), evaluating(model):
         try:
             model(**inputs)

@@ -32,7 +32,7 @@ PAIRS = [
     ("what is green", "the chair is green . the chair is on a box"),
     ("which cup", "red"),
 ]
-FIELDS = dict(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights=False)
+FIELDS = dict(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights=False, decoupled=False)
 
 
 def adapted(name="llama", **fields):
