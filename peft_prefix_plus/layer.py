@@ -131,7 +131,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             start = 1.0 / GATE_SCALE if config.init_weights in (False, "random") else 0.0
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), start))
         self.dropout[adapter_name] = float(config.encoder_dropout)
-        self.is_decoupled[adapter_name] = config.decoupled
+        self.is_decoupled[adapter_name] = bool(config.decoupled)
         self.set_position_free(adapter_name, bool(config.position_free), geometry.rotation)
         dtypes = (parameter.dtype for parameter in self.attention.parameters() if parameter.is_floating_point())
         self._adapter_to(adapter_name, dtype=next(dtypes, None))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +32,17 @@ class Template:
         prompt (`str`): The prompt, or, if `asks`, the request to which the model writes the prompt.
         asks (`bool`): Whether the model writes the prompt. It sees the piece in the request alone.
         recites (`bool`): Whether the answer is the piece after its first words, instead of what the model writes.
+
+    Example:
+
+    ```py
+    >>> from peft_prefix_plus import Template
+
+    >>> template = Template("quotation", 'What comes after "{start}"?', recites=True)
+    >>> template.fill("The ferry leaves Saltry at nine in the morning, and comes back at noon.")
+    'What comes after "The ferry leaves Saltry at nine in the"?'
+
+    ```
     """
 
     kind: str
@@ -203,13 +216,18 @@ def _until(token_ids: list[int], ends: Sequence[int]) -> list[int]:
     return next((token_ids[: i + 1] for i, token in enumerate(token_ids) if token in ends), token_ids)
 
 
+@lru_cache
+def sentence_starts(text: str) -> list[int]:
+    """Return where sentences and lines begin in a text."""
+    return [match.end() for match in re.finditer(r"(?:\A|\n|[.?!] )(?=\S)", text)] or [0]
+
+
 def draw_piece(generator: random.Random, chat: Chat, windows: Sequence[Window], tokens: int) -> Piece:
     """Draw a window, and a piece of its text that begins where a sentence or line does."""
     sizes = [len(window.token_ids) for window in windows]
     (window,) = generator.choices(range(len(windows)), weights=sizes)
     text = windows[window].text
-    starts = [i for i in range(len(text)) if i == 0 or text[i - 1] == "\n" or text[i - 2 : i] in (". ", "? ", "! ")]
-    starts = [i for i in starts if text[i : i + 1].strip()] or [0]
+    starts = sentence_starts(text)
     size = generator.randint(tokens // 2, tokens)
     # the last places leave less than a piece: they would hold the same end again and again
     room = [i for i in starts if len(text) - i >= 2 * size] or starts[:1]
@@ -302,17 +320,17 @@ def answer_prompts(
     file: ConversationFile,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Conversation]:
-    """Let the model answer given prompts with the document in its context, one window after the other, as [`study`] does."""
+    """Let the model answer given prompts with the document, which is one window, in its context, as [`study`] does."""
     conversations = file.read(len(prompts))
     writer = Writer(model, chat, windows, settings.temperature)
     for batch in batches(len(prompts), file.batch_size, len(conversations)):
         report(len(conversations))
-        of_windows = [place % len(windows) for place in batch]
+        asked = [prompts[place] for place in batch]
         with drawing(writer.base, settings.seed, batch[0]):
-            answers = writer.answers([prompts[place] for place in batch], of_windows, settings.max_answer_tokens)
+            answers = writer.answers(asked, [0] * len(asked), settings.max_answer_tokens)
         made = [
-            Conversation(prompts[place], answer, window, "prompt", chat.text(answer))
-            for place, window, answer in zip(batch, of_windows, answers, strict=True)
+            Conversation(prompt, answer, 0, "prompt", chat.text(answer))
+            for prompt, answer in zip(asked, answers, strict=True)
         ]
         file.append(made)
         conversations += made
