@@ -6,7 +6,7 @@ OLDEST_VENV ?= .venv-oldest
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models test-oldest test-soak lint format docs bench bench-quality bench-real real-model clean
+.PHONY: help install demo test test-models test-oldest test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-models: install ## test every architecture (minutes on 2 cores) and write d
 test-soak: install ## run the long tests: threads, interrupts, drawn examples (at most 40 minutes)
 	$(BIN)/pytest -n auto -m soak
 
+test-gpu: install ## run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
 $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/pip install --quiet --constraint constraints-oldest.txt --editable . pytest pytest-timeout pytest-xdist
@@ -45,6 +48,7 @@ lint: install ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 format: install ## put the code into style
 	$(BIN)/ruff check --fix .
@@ -52,6 +56,14 @@ format: install ## put the code into style
 
 docs: install ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
+compatibility: install ## find the private names that are used, for docs/compatibility.md
+	PYTHONPATH=. $(BIN)/python tests/compatibility_report.py
+
+dist: install ## build the package into dist (TAG=… must be its version)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(if $(TAG),test -f "dist/peft_prefix_plus-$(TAG:v%=%).tar.gz")
 
 bench: install ## measure time and memory against PREFIX_TUNING and LoRA
 	$(BIN)/python benchmarks/speed.py
@@ -67,4 +79,4 @@ bench-real: install ## measure how well each method learns on a real model (hour
 	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 
 clean: ## remove what the other commands make
-	rm -rf $(VENV) $(OLDEST_VENV) docs/_build demo-output quality-output
+	rm -rf $(VENV) $(OLDEST_VENV) dist docs/_build demo-output quality-output

@@ -8,19 +8,25 @@ import numbers
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import regex
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
+from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
 
 
-REPARAMETERIZATIONS = ("none", "linear", "mlp")
-SHARINGS = ("none", "input", "projection", "all")
-INITIALIZATIONS = (True, False, "random", "zero", "activations")
+Reparameterization = Literal["none", "linear", "mlp"]
+"""The names of the encoders of this package, for type checkers; `encoders.ENCODERS` has those of others too."""
+
+Sharing = Literal["none", "input", "projection", "all"]
+Initialization = Literal["random", "zero", "activations"]
+
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+INITIALIZATIONS: tuple[bool | Initialization, ...] = (True, False, *get_args(Initialization))
 
 LARGEST = 2**31 - 1
 """The largest length or width: no tensor can have more."""
@@ -119,10 +125,10 @@ class PrefixPlusConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
-    reparameterization: str = field(
+    reparameterization: Reparameterization = field(
         default="none", metadata={"help": "How the prefix is produced: 'none', 'linear' or 'mlp'."}
     )
-    sharing: str = field(
+    sharing: Sharing = field(
         default="projection",
         metadata={"help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none'."},
     )
@@ -173,7 +179,7 @@ class PrefixPlusConfig(PeftConfig):
             "help": "The prefix meets queries without their rotary position; None means True wherever possible."
         },
     )
-    init_weights: bool | str = field(
+    init_weights: bool | Initialization = field(
         default=True,
         metadata={
             "help": "True: a quiet start beside the base model. False or 'random': random keys and values, with an open "
@@ -188,7 +194,7 @@ class PrefixPlusConfig(PeftConfig):
     awaits_weights = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PREFIX_PLUS
         self._check_types()
         self._check_values()
@@ -255,7 +261,7 @@ class PrefixPlusConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
             if value is not None and value > LARGEST:
                 raise ValueError(f"`{name}` must be at most {LARGEST}, got a larger number.")
-        for name, allowed in (("reparameterization", REPARAMETERIZATIONS), ("sharing", SHARINGS)):
+        for name, allowed in (("reparameterization", ENCODERS), ("sharing", SHARINGS)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
@@ -298,7 +304,7 @@ class PrefixPlusConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a string: a regular expression names "
                 "the layers itself. Give `target_modules` as a list of suffixes, or put the layers into the pattern."
             )
-        if self.encoder_hidden_size is not None and self.reparameterization != "mlp":
+        if self.encoder_hidden_size is not None and not ENCODERS[self.reparameterization].has_hidden_layer:
             raise ValueError(
                 f"`encoder_hidden_size` is {self.encoder_hidden_size}, but `reparameterization` is "
                 f"{self.reparameterization!r} and has no hidden layer. Use reparameterization='mlp' or leave it None."
