@@ -74,7 +74,7 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         windows = [row["window"] for row in dataset]
-        return WindowSampler(windows, self._train_batch_size, self.args.data_seed or self.args.seed)
+        return WindowSampler(windows, self.args.train_batch_size, self.args.data_seed or self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         windows = [row["window"] for row in eval_dataset]

@@ -67,8 +67,8 @@ def summed_divergence(student: torch.Tensor, teacher: torch.Tensor, head: Head, 
     Returns:
         `torch.Tensor`: The sum, a scalar.
     """
-    total: torch.Tensor = _SummedDivergence.apply(student, teacher, head, k)
-    return total
+    apply: Callable[..., torch.Tensor] = _SummedDivergence.apply
+    return apply(student, teacher, head, k)
 
 
 class _SummedDivergence(torch.autograd.Function):

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from peft_prefix_plus.cli import main
+from peft_prefix_plus_cli import main
 
 
 @pytest.fixture(scope="module")
