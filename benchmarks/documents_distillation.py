@@ -33,7 +33,7 @@ from peft_prefix_plus.training.conversations import Conversation, ConversationFi
 from peft_prefix_plus.training.distill import start_prefix
 from peft_prefix_plus.training.distillation import DistillationCollator, encode_conversations, predicting_positions
 from peft_prefix_plus.training.document import Chat, Window, read_text
-from peft_prefix_plus.training.self_study import Writer, study
+from peft_prefix_plus.training.self_study import TEMPLATES, Writer, study
 from peft_prefix_plus.training.teacher import Contexts
 
 
@@ -244,16 +244,22 @@ def kept(file: Path, make: Any) -> dict[str, Any]:
 
 def training_rows(place: Place, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the conversations that all methods learn from, and note the CPU time that they took."""
-    settings = SelfStudy(num_conversations=options.conversations)
+    templates = [template for template in TEMPLATES if template.recites or not options.recited]
+    settings = SelfStudy(num_conversations=options.conversations, templates=templates)
     options.output.mkdir(parents=True, exist_ok=True)
-    file = ConversationFile(options.output / f"conversations-{options.conversations}.jsonl", settings.batch_size)
+    file = ConversationFile(
+        options.output / f"conversations{'-recited' * options.recited}-{options.conversations}.jsonl",
+        settings.batch_size,
+    )
     start = time.process_time()
     conversations = study(
         place.base(), place.chat, [place.window], settings, file, lambda done: print(f"  {done}", flush=True)
     )
     minutes = (time.process_time() - start) / 60
     if minutes > 0.1:
-        with (options.output / f"conversations-{options.conversations}.minutes").open("a", encoding="utf-8") as log:
+        with (options.output / f"conversations{'-recited' * options.recited}-{options.conversations}.minutes").open(
+            "a", encoding="utf-8"
+        ) as log:
             log.write(f"{minutes:.2f}\n")
     return encode_conversations(conversations, place.chat, [place.window])
 
@@ -294,6 +300,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=240)
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--every", type=int, default=20, help="steps between measurements of the loss")
+    parser.add_argument("--recited", action="store_true", help="only answers that are the document's own words")
     parser.add_argument("--done", action="store_true", help="report what has been run")
     options = parser.parse_args()
     torch.set_num_threads(1)
