@@ -22,6 +22,7 @@ EXTRA_PACKAGES = ("rich", "tokenizers", "typer")
 
 COMMANDS = {
     "train": "Teach a frozen language model by a prefix, and save it as an adapter.",
+    "distill": "Teach a prefix what a document in the context does, and save it as an adapter.",
     "generate": "Complete prompts with an adapter.",
     "convert": "Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back.",
     "params": "Count the trainable parameters of every reparameterization and sharing; no weights are needed.",

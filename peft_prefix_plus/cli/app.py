@@ -9,7 +9,7 @@ import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
-from . import conversion, generation, inspection, parameters, training
+from . import conversion, distillation, generation, inspection, parameters, training
 from .demo import DemoSettings, run_demo
 from .options import command
 
@@ -21,6 +21,17 @@ app = typer.Typer()
 def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None:
     """Teach a frozen language model by a prefix, and save it as an adapter."""
     training.train(settings, config)
+    print(f"The adapter is in {settings.output}.")
+
+
+@command(
+    app,
+    {"Distillation": distillation.DistillationSettings, "Prefix": distillation.DocumentPrefixConfig},
+    inherited=[PeftConfig],
+)
+def distill(settings: distillation.DistillationSettings, config: distillation.DocumentPrefixConfig) -> None:
+    """Teach a prefix what a document in the context does, and save it as an adapter."""
+    distillation.distill_document(settings, config)
     print(f"The adapter is in {settings.output}.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
 from ..saving.files import update_model_card
 from ..saving.together import saving_together
+from ..training.checkpoints import checkpoints
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
 from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records
@@ -207,24 +206,6 @@ def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path
         raise CommandError(f"--resume: {output} is not empty but has no complete checkpoint. Use --overwrite.")
     check_same_config(complete[-1], config, settings.model)
     return complete[-1]
-
-
-def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
-    """Return the checkpoints in a directory, oldest first. One is complete if the Trainer wrote its last file."""
-    numbered = {}
-    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if number.isdigit() and path.is_dir() and (not complete_only or _is_complete(path)):
-            numbered[int(number)] = path
-    return [numbered[number] for number in sorted(numbered)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:

@@ -32,7 +32,7 @@ from peft_prefix_plus import PrefixPlusConfig, prefix_attention_mass, prefix_key
 from peft_prefix_plus.cli import main
 from peft_prefix_plus.cli.options import value_parser
 from peft_prefix_plus.cli.records import Collator, Record, encode
-from peft_prefix_plus.cli.training import checkpoints
+from peft_prefix_plus.training.checkpoints import checkpoints
 
 
 ROOT = Path(__file__).parents[2]
