@@ -1,4 +1,4 @@
-"""The command `prefix-plus`: train an adapter, generate with it, convert it, look into it, count parameters, see a demo."""
+"""The command `prefix-plus`: train an adapter, generate with it, serve it, convert it, look into it, count parameters, see a demo."""
 
 from __future__ import annotations
 

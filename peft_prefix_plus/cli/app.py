@@ -6,7 +6,7 @@ import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
-from . import conversion, generation, inspection, parameters, training
+from . import conversion, generation, inspection, parameters, serving, training
 from .demo import DemoSettings, run_demo
 from .options import command
 
@@ -30,6 +30,12 @@ def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None
 def generate(settings: generation.GenerationSettings) -> None:
     """Complete prompts with an adapter."""
     generation.generate(settings)
+
+
+@command(app, {"Options": serving.ServingSettings})
+def serve(settings: serving.ServingSettings) -> None:
+    """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
+    serving.serve(settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})
