@@ -31,7 +31,7 @@ from ..registration import METHOD_NAME, PREFIX_PLUS
 from .store import KeyValues
 
 
-RETRAIN = "Train it with PrefixPlusConfig.servable(...), or serve it with transformers."
+RETRAIN = "Train one by PrefixPlusConfig.servable(...), or by prefix-plus train --servable; transformers can use this one."
 """The way out for an adapter whose form vLLM cannot take."""
 
 
@@ -71,9 +71,12 @@ def served_model(name: str, max_model_len: int | None = None, **hub_arguments: A
     Raises:
         UnservableError: If vLLM cannot take a prefix for it.
     """
-    config: Any = AutoConfig.from_pretrained(name, **hub_arguments)
+    return _look_at(AutoConfig.from_pretrained(name, **hub_arguments), max_model_len, hub_arguments.get("trust_remote_code"))
+
+
+def _look_at(config: Any, max_model_len: int | None, trust_remote_code: bool | None = None) -> ServedModel:
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=hub_arguments.get("trust_remote_code"))
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     kind = type(model).__name__
     geometries = select_modules(model, PrefixPlusConfig()).modules
     _check_layers(kind, model, geometries)
@@ -122,8 +125,25 @@ def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> KeyValues:
     }
 
 
-def why_not_servable(config: PrefixPlusConfig) -> str | None:
-    """Return why vLLM cannot take the form of an adapter, whatever its model, or `None` if it can."""
+def why_not_served(model_config: Any, config: PrefixPlusConfig) -> str | None:
+    """
+    Return why vLLM cannot serve an adapter, and what to do, or `None` if it can.
+
+    Args:
+        model_config (`PreTrainedConfig`): The base model's configuration.
+        config (`PrefixPlusConfig`): The adapter's, as it is on that model.
+    """
+    reason = _why_not_in_cache(config)
+    if reason is not None:
+        return f"{reason}. {RETRAIN}"
+    try:
+        return _look_at(model_config, None).obstacle or None
+    except ValueError as error:
+        return str(error)
+
+
+def _why_not_in_cache(config: PrefixPlusConfig) -> str | None:
+    """Return why the form of an adapter cannot be in a cache, whatever its model, or `None` if it can."""
     if config.gating or config.decoupled:
         form = "gated" if config.gating else "decoupled"
         return f"its form is {form}, whose prefix is no part of the softmax that reads the cache"
@@ -164,7 +184,7 @@ def _bound(kind: str, model: Any, max_model_len: int | None) -> tuple[int, str] 
         num_tokens, reason = exact
         raise UnservableError(
             f"vLLM cannot serve prefixes of {kind} in texts of more than {num_tokens} tokens: {reason.replace('PREFIX_TUNING', 'a cache')}. "
-            f"Serve shorter texts, by --max-model-len {num_tokens}, or serve the adapter with transformers."
+            f"Serve shorter texts, by --max-model-len {num_tokens}, or use transformers."
         )
     return exact
 
@@ -183,7 +203,7 @@ def _rotations(model: Any, geometries: Mapping[str, AttentionGeometry]) -> dict[
         reason = obstacles[0] if obstacles else "its positions are learned, biases, or several rotations"
         raise UnservableError(
             f"A PREFIX_PLUS adapter of {type(model).__name__} cannot be put into a cache: its keys would have to move with the "
-            f"positions, and they move by one known rotation only where positions are rotary ({reason}). Serve it with transformers."
+            f"positions, and they move by one known rotation only where positions are rotary ({reason}). Use transformers."
         )
     config = model.config.get_text_config()
     with torch.device("cpu"):  # the model's own has no memory
@@ -223,7 +243,7 @@ def _folder(adapter: str, hub_arguments: Mapping[str, Any]) -> Path:
 
 
 def _check_form(adapter: str, model: ServedModel, config: PrefixPlusConfig) -> None:
-    reason = why_not_servable(config)
+    reason = _why_not_in_cache(config)
     if reason is not None:
         raise UnservableError(f"vLLM cannot serve the adapter {adapter!r}: {reason}. {RETRAIN}")
     if model.obstacle:

@@ -95,7 +95,7 @@ def test_each_tensor_parallel_rank_takes_its_heads(
         assert answers(llm, store, asked) == [reference.generate(adapter, prompt, 12) for adapter, prompt in asked]
 
 
-def test_in_bfloat16_and_with_a_partly_rotated_model_the_first_tokens_are_pefts(
+def test_a_model_with_scaled_rotary_frequencies_gets_pefts_tokens(
     engine: Callable[..., Any], store: PrefixStore, tmp_path: Path
 ) -> None:
     save_model(tmp_path / "model", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0,
