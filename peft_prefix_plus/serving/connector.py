@@ -1,15 +1,18 @@
 """
 Prefixes in vLLM's cache of keys and values, by its KV-connector interface.
 
-A request that names a prefix gets `num_virtual_tokens` placeholders before its prompt. The scheduler takes them for tokens whose keys
+A request that names a joint prefix gets `num_virtual_tokens` placeholders before its prompt. The scheduler takes them for tokens whose keys
 and values come from elsewhere; before the forward that first reads them, each worker writes its heads of the prefix into their slots.
 From then on they are ordinary cached tokens: with prefix caching, later requests of the same adapter find the full blocks there.
+
+The prefixes of the other forms are added to what attention gives (`additive`), and their requests have no placeholders.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,9 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .store import PrefixStore
+from ..attention import Prefix
+from .additive import AddedPrefix, AddedPrefixes
+from .store import FoldedPrefix, PrefixStore
 
 
 if TYPE_CHECKING:
@@ -75,10 +80,12 @@ class Loads(KVConnectorMetadata):
     Attributes:
         loads (`list[Load]`): What to write.
         refused (`set[int]`): Blocks of requests that are to fail.
+        added (`dict[int, str | None]`): The additive prefixes of the requests that are taken up, or `None`, by their first block.
     """
 
     loads: list[Load] = field(default_factory=list)
     refused: set[int] = field(default_factory=set)
+    added: dict[int, str | None] = field(default_factory=dict)
 
 
 class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
@@ -108,13 +115,17 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         self._max_model_len: int = vllm_config.model_config.max_model_len
         # the scheduler's: the length of each waiting or running request's prefix, and what its next step is to write
         self._lengths: dict[str, int] = {}
+        self._added_digests: dict[str, str] = {}
+        self._checked: dict[str, tuple[str, int]] = {}
         self._refused: set[str] = set()
         self._pending = Loads()
         # in every salt, so that no client can write blocks that a prefix's requests would take for theirs
         self._secret = secrets.token_hex(16)
         # a worker's
-        self._in_memory: OrderedDict[str, LayerKeyValues] = OrderedDict()
+        self._layers: dict[int, Any] = {}
+        self._in_memory: OrderedDict[str, LayerKeyValues | AddedPrefix] = OrderedDict()
         self._failed: set[int] = set()
+        self._added = AddedPrefixes(self._added_prefix)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -127,8 +138,9 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         if digest is None:
             return
         try:
-            length = self._store.num_virtual_tokens(digest)
-            _check_request(request, length, self._max_model_len)
+            form, length = self._checked_prefix(digest)
+            if form == "joint":
+                _check_request(request, length, self._max_model_len)
         except ValueError as error:
             logger.error("Request %s is refused: %s", request.request_id, error)
             self._refused.add(request.request_id)
@@ -137,10 +149,35 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             request.skip_reading_prefix_cache = False
         else:
             self._lengths[request.request_id] = length
+            if form != "joint":
+                self._added_digests[request.request_id] = digest
         _put_before(request, length)
         request.cache_salt = f"{self._secret}{digest}{request.cache_salt or ''}"
         request.block_hashes.clear()
         request.update_block_hashes()
+
+    def _checked_prefix(self, digest: str) -> tuple[str, int]:
+        """
+        Return a prefix's form and how many tokens it takes, after making sure that the workers can take it.
+
+        Raises:
+            ValueError: If there is none of that digest, or it is of another model.
+        """
+        if digest in self._checked:
+            return self._checked[digest]
+        prefix, model, parallel = self._store.load(digest), self._vllm_config.model_config, self._vllm_config.parallel_config
+        num_layers, layers = model.get_total_num_hidden_layers(), set(prefix.key_values)
+        if not layers <= set(range(num_layers)) or (prefix.form == "joint" and len(layers) != num_layers):
+            raise ValueError(f"The prefix {digest} is of a model with {len(layers)} layers, this one has {num_layers}.")
+        heads, dim = model.get_total_num_kv_heads(), model.get_head_size()
+        for key, value in prefix.key_values.values():
+            if {(tensor.shape[0], tensor.shape[2]) for tensor in (key, value)} != {(heads, dim)}:
+                raise ValueError(
+                    f"The prefix {digest} has keys of {key.shape[0]} heads and {key.shape[2]} dims; the served model has {heads} "
+                    f"of {dim}, on {parallel.tensor_parallel_size} ranks."
+                )
+        self._checked[digest] = prefix.form, prefix.num_cached_tokens
+        return self._checked[digest]
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         if request.request_id in self._refused:
@@ -148,9 +185,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         return max(self._lengths.get(request.request_id, 0) - num_computed_tokens, 0), False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        (block_ids,) = blocks.get_block_ids()
+        self._pending.added[block_ids[0]] = self._added_digests.get(request.request_id)
         if not num_external_tokens:
             return
-        (block_ids,) = blocks.get_block_ids()
         if request.request_id in self._refused:
             self._pending.refused.add(block_ids[0])
             return
@@ -166,6 +204,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._lengths.pop(request.request_id, None)
+        self._added_digests.pop(request.request_id, None)
         self._refused.discard(request.request_id)
         return False, None
 
@@ -176,27 +215,35 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ------------------------------------------------------------------------------------------------ worker
 
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._layers = attention_layers(self._vllm_config.compilation_config.static_forward_context)
+        self._added.follow(self._layers)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, Loads)
+        self._added.admit(connector_metadata.added)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
         self._failed |= metadata.refused
         for load in metadata.loads:
             try:
-                self._write(load, forward_context.no_compile_layers)
+                self._write(load)
             except ValueError as error:
                 logger.error("%s", error)
                 self._failed.update(load.block_ids)
 
-    def _write(self, load: Load, modules: dict[str, Any]) -> None:
+    def _write(self, load: Load) -> None:
         """Write a part of a prefix into the blocks of every layer of this worker."""
-        layers = attention_layers(modules)
-        prefix = self._prefix(load.digest, layers)
+        prefix = self._key_values(load.digest)
         tokens = torch.arange(load.start, next(iter(prefix.values()))[0].shape[0])
         first = load.start - load.start % self._block_size  # the first token of the first block
         blocks = torch.tensor(load.block_ids)[(tokens - first) // self._block_size]
         slots = blocks * self._block_size + tokens % self._block_size
         for index, (key, value) in prefix.items():
-            layer = layers[index]
+            layer = self._layers[index]
             device = layer.kv_cache.device
             layer.impl.do_kv_cache_update(
                 layer,
@@ -206,29 +253,55 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
                 slots.to(device, non_blocking=True),
             )
 
-    def _prefix(self, digest: str, layers: dict[int, Any]) -> LayerKeyValues:
-        """Return a prefix's keys and values for the layers and heads of this worker."""
+    def _key_values(self, digest: str) -> LayerKeyValues:
+        """Return a joint prefix's keys and values for the layers and heads of this worker, in the order of tokens."""
+        return self._kept(digest, self._as_key_values)
+
+    def _added_prefix(self, digest: str) -> AddedPrefix:
+        """Return an additive prefix for the layers and heads of this worker."""
+        return self._kept(digest, self._as_added)
+
+    def _kept(self, digest: str, make: Callable[[FoldedPrefix], Any]) -> Any:
         if digest in self._in_memory:
             self._in_memory.move_to_end(digest)
             return self._in_memory[digest]
-        loaded = self._store.load(digest)
-        dtype = self._vllm_config.model_config.dtype
-        num_layers = self._vllm_config.model_config.hf_text_config.num_hidden_layers
-        if sorted(loaded) != list(range(num_layers)):
-            raise ValueError(f"The prefix {digest} is of a model with {len(loaded)} layers, this one has {num_layers}.")
-        prefix = {}
-        for index in sorted(set(loaded).intersection(layers)):
-            key, value = (heads_of_rank(tensor, layers[index].num_kv_heads) for tensor in loaded[index])
-            if key.shape[2] != layers[index].head_size or value.shape[2] != layers[index].head_size:
-                raise ValueError(
-                    f"The prefix {digest} has keys of {key.shape[2]} and values of {value.shape[2]} dims; layer {index} "
-                    f"of the served model has {layers[index].head_size}."
-                )
-            prefix[index] = key.transpose(0, 1).to(dtype).contiguous(), value.transpose(0, 1).to(dtype).contiguous()
-        self._in_memory[digest] = prefix
+        made = self._in_memory[digest] = make(self._of_this_worker(self._store.load(digest)))
         if len(self._in_memory) > MOST_IN_MEMORY:
             self._in_memory.popitem(last=False)
-        return prefix
+        return made
+
+    def _of_this_worker(self, loaded: FoldedPrefix) -> FoldedPrefix:
+        """Take the layers and heads of this worker, in the model's dtype."""
+        dtype = self._vllm_config.model_config.dtype
+        key_values, gates = {}, {}
+        for index in sorted(set(loaded.key_values).intersection(self._layers)):
+            layer = self._layers[index]
+            pair = tuple(heads_of_rank(tensor, layer.num_kv_heads).to(dtype) for tensor in loaded.key_values[index])
+            key_values[index] = pair[0], pair[1]
+            if index in loaded.gates:
+                gates[index] = heads_of_rank(loaded.gates[index], layer.num_heads).to(dtype)
+        return FoldedPrefix(key_values, loaded.form, gates, loaded.turning)
+
+    def _as_key_values(self, prefix: FoldedPrefix) -> LayerKeyValues:
+        return {
+            index: (key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous())
+            for index, (key, value) in prefix.key_values.items()
+        }
+
+    def _as_added(self, prefix: FoldedPrefix) -> AddedPrefix:
+        devices = {index: layer.kv_cache.device for index, layer in self._layers.items()}
+        return AddedPrefix(
+            {
+                index: Prefix(
+                    key.to(devices[index]),
+                    value.to(devices[index]),
+                    gate=prefix.gates[index].to(devices[index]) if index in prefix.gates else None,
+                    is_decoupled=prefix.form == "decoupled",
+                )
+                for index, (key, value) in prefix.key_values.items()
+            },
+            prefix.turning,
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed = self._failed, set()
@@ -255,10 +328,10 @@ def attention_layers(modules: dict[str, Any]) -> dict[int, Any]:
 
 def heads_of_rank(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
-    Return the heads of a prefix's keys or values that this tensor-parallel rank has.
+    Return the heads of a prefix's keys, values or gates that this tensor-parallel rank has.
 
     Args:
-        tensor (`torch.Tensor`): All heads, (kv_heads, tokens, dim).
+        tensor (`torch.Tensor`): All heads, (heads, …).
         num_heads (`int`): How many of them the rank has.
 
     Raises:
@@ -267,7 +340,7 @@ def heads_of_rank(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     rank, size, total = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor.shape[0]
     if max(total // size, 1) != num_heads:
         raise ValueError(
-            f"The prefix has {total} heads of keys and values; the served model has {num_heads} on each of {size} ranks."
+            f"The prefix has {total} heads; the served model has {num_heads} on each of {size} ranks."
         )
     first = rank * num_heads if total >= size else rank * total // size  # with fewer heads than ranks, several have the same
     return tensor[first : first + num_heads]

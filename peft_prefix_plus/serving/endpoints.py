@@ -143,7 +143,7 @@ async def show_models(request: Request) -> JSONResponse:
                 id=name,
                 root=entry.source,
                 parent=adapters.base_name,
-                max_model_len=adapters.max_model_len - entry.num_virtual_tokens,
+                max_model_len=adapters.max_model_len - entry.num_cached_tokens,
             )
         )
     return JSONResponse(shown.model_dump())
@@ -160,7 +160,7 @@ async def load_prefix_adapter(body: LoadRequest, request: Request) -> JSONRespon
         # whatever a broken file raises, the server goes on
         logger.warning("The adapter %r is refused: %s", body.path, error)
         return _error(f"The adapter cannot be served. {error}", HTTPStatus.BAD_REQUEST)
-    return JSONResponse({"name": body.name, "num_virtual_tokens": entry.num_virtual_tokens})
+    return JSONResponse({"name": body.name, "form": entry.form, "num_cached_tokens": entry.num_cached_tokens})
 
 
 async def unload_prefix_adapter(body: UnloadRequest, request: Request) -> JSONResponse:
@@ -233,13 +233,13 @@ class NamesToPrefixes:
         Raises:
             RefusedError: With the numbers.
         """
-        if size + TEMPLATE_BYTES + entry.num_virtual_tokens < max_model_len:
+        if size + TEMPLATE_BYTES + entry.num_cached_tokens < max_model_len:
             return
         for num_tokens in await self._prompt_lengths(scope, path, body):
-            if num_tokens + entry.num_virtual_tokens >= max_model_len:
+            if num_tokens + entry.num_cached_tokens >= max_model_len:
                 raise RefusedError(
                     f"This model's maximum context length is {max_model_len} tokens. The prompt has {num_tokens} and the adapter "
-                    f"{entry.num_virtual_tokens} virtual tokens, which leaves no room for an answer. Shorten the prompt."
+                    f"{entry.num_cached_tokens} virtual tokens, which leaves no room for an answer. Shorten the prompt."
                 )
 
     async def _prompt_lengths(self, scope: Message, path: str, body: dict[str, Any]) -> list[int]:
@@ -274,6 +274,10 @@ TOKENIZED = ("prompt", "messages", "add_generation_prompt", "continue_final_mess
 
 def _add_prefix(body: dict[str, Any], entry: Entry) -> None:
     """Let a request name a prefix, or raise if it asks for what a prefix does not have."""
+    parameters = body.get("kv_transfer_params")
+    body["kv_transfer_params"] = {**(parameters if isinstance(parameters, dict) else {}), PARAMETER: entry.digest}
+    if not entry.num_cached_tokens:
+        return  # the whole prompt is computed
     asks_for_prompt = body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs") is not None)
     if asks_for_prompt:
         raise RefusedError(
@@ -282,8 +286,6 @@ def _add_prefix(body: dict[str, Any], entry: Entry) -> None:
         )
     if body.get("prompt_embeds") is not None:
         raise RefusedError("An adapter's prefix needs a prompt of tokens: leave out `prompt_embeds`.")
-    parameters = body.get("kv_transfer_params")
-    body["kv_transfer_params"] = {**(parameters if isinstance(parameters, dict) else {}), PARAMETER: entry.digest}
 
 
 def _naming(send: Send, base: str, name: str) -> Send:

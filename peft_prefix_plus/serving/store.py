@@ -1,8 +1,8 @@
 """
 The folder from which a server's processes take their adapters.
 
-    <sha256>.safetensors    one prefix: `layers.<i>.key` and `layers.<i>.value`, (kv_heads, tokens, dim) each, as they stand in a
-                            cache whose text begins at position `num_virtual_tokens`; the number is in the metadata
+    <sha256>.safetensors    one prefix: `layers.<i>.key` and `layers.<i>.value`, (kv_heads, tokens, dim) each, and for a gated one
+                            `layers.<i>.gate`, (query_heads,); its form and the rest of [`FoldedPrefix`] as JSON in the metadata
     adapters.json           which prefix each name stands for
 
 A file is named by what is in it. So a name that gets another prefix never meets cached blocks of the old one, and two names of the
@@ -17,10 +17,12 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +33,59 @@ KeyValues = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values, (kv_heads, tokens, dim) each, by layer."""
 
 FORMAT = "prefix_plus_key_values"
+FORMS = ("joint", "decoupled", "gated")
+
+
+@dataclass(frozen=True)
+class Turning:
+    """
+    How rotary positions have turned the queries that a position-free prefix meets as they were before.
+
+    Attributes:
+        frequencies (`tuple[float, ...]`): The angle per position of each plane.
+        factor (`float`): What the rotated queries are multiplied with (YaRN).
+        is_interleaved, is_clockwise, is_last (`bool`): As in [`QueryRotation`].
+        layers (`tuple[int, ...]`): The layers whose queries are turned.
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float
+    is_interleaved: bool
+    is_clockwise: bool
+    is_last: bool
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FoldedPrefix:
+    """
+    An adapter without scale and reparameterization, as a server takes it.
+
+    Attributes:
+        key_values (`KeyValues`): Its keys and values. Those of a joint prefix are as they stand in a cache, at positions
+            0 … num_virtual_tokens − 1; those of the other forms are as the queries meet them.
+        form (`str`): `"joint"`, in the softmax of the real tokens, or what is added to their attention: `"decoupled"` or `"gated"`.
+        gates (`Mapping[int, torch.Tensor]`): By layer, the gates of a gated prefix, (query_heads,).
+        turning (`Turning`, *optional*): What is to be undone of the queries that a position-free prefix meets.
+    """
+
+    key_values: KeyValues
+    form: str = "joint"
+    gates: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    turning: Turning | None = None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """The length of the prefix."""
+        return next(iter(self.key_values.values()))[0].shape[1]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """How many tokens it takes of the context: what is added to attention takes none."""
+        return self.num_virtual_tokens if self.form == "joint" else 0
 NAMES = "adapters.json"
+KEPT_SECONDS = 3600.0
+"""How long a prefix is kept after its last name is gone."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,12 +96,14 @@ class Entry:
 
     Attributes:
         digest (`str`): The name of its prefix's file.
-        num_virtual_tokens (`int`): How many tokens it takes of the context.
+        form (`str`): The form of the prefix.
+        num_cached_tokens (`int`): How many tokens it takes of the context.
         source (`str`): The directory or repository that it came from.
     """
 
     digest: str
-    num_virtual_tokens: int
+    form: str
+    num_cached_tokens: int
     source: str
 
 
@@ -79,23 +135,23 @@ class PrefixStore:
             self._seen = seen
         return self._entries
 
-    def add(self, name: str, key_values: KeyValues, source: str) -> Entry:
+    def add(self, name: str, prefix: FoldedPrefix, source: str) -> Entry:
         """
         Let a name stand for a prefix, whatever it stood for before.
 
         Args:
             name (`str`): The name.
-            key_values (`KeyValues`): The prefix.
+            prefix (`FoldedPrefix`): The prefix.
             source (`str`): Where the adapter came from.
         """
-        tensors = {}
-        for layer, (key, value) in key_values.items():
+        tensors = {f"layers.{layer}.gate": gate.contiguous() for layer, gate in prefix.gates.items()}
+        for layer, (key, value) in prefix.key_values.items():
             tensors[f"layers.{layer}.key"] = key.contiguous()
             tensors[f"layers.{layer}.value"] = value.contiguous()
-        num_virtual_tokens = next(iter(tensors.values())).shape[1]
-        metadata = {"format": FORMAT, "num_virtual_tokens": str(num_virtual_tokens)}
-        content = save(tensors, metadata=metadata)
-        entry = Entry(hashlib.sha256(content).hexdigest(), num_virtual_tokens, source)
+        turning = None if prefix.turning is None else asdict(prefix.turning)
+        about = {"form": prefix.form, "num_cached_tokens": prefix.num_cached_tokens, "turning": turning}
+        content = save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)})
+        entry = Entry(hashlib.sha256(content).hexdigest(), prefix.form, prefix.num_cached_tokens, source)
         with self._changing() as entries:
             if not self._path(entry.digest).exists():
                 self._write(self._path(entry.digest), content)
@@ -117,29 +173,42 @@ class PrefixStore:
             self._write_names(entries)
             self._drop_unnamed(before, entries)
 
-    def num_virtual_tokens(self, digest: str) -> int:
+    def about(self, digest: str) -> tuple[str, int]:
         """
-        Return the length of a prefix.
+        Return the form of a prefix, and how many tokens of the context it takes.
 
         Raises:
             ValueError: If there is no such prefix.
         """
         with self._opened(digest) as file:
-            return int(file.metadata()["num_virtual_tokens"])
+            about = _about(file)
+            return str(about["form"]), int(about["num_cached_tokens"])
 
-    def load(self, digest: str) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def load(self, digest: str) -> FoldedPrefix:
         """
-        Return a prefix's keys and values, (kv_heads, tokens, dim) each, by layer.
+        Return a prefix.
 
         Raises:
             ValueError: If there is no such prefix.
         """
         with self._opened(digest) as file:
-            layers = sorted({int(name.split(".")[1]) for name in file.keys()})  # noqa: SIM118 - a file is not iterable
-            return {
-                layer: (file.get_tensor(f"layers.{layer}.key"), file.get_tensor(f"layers.{layer}.value"))
-                for layer in layers
-            }
+            about = _about(file)
+            names = list(file.keys())
+            layers = sorted({int(name.split(".")[1]) for name in names})
+            turning = about["turning"]
+            if turning is not None:
+                turning = Turning(
+                    **{**turning, **{name: tuple(turning[name]) for name in ("frequencies", "layers")}}
+                )
+            return FoldedPrefix(
+                {
+                    layer: (file.get_tensor(f"layers.{layer}.key"), file.get_tensor(f"layers.{layer}.value"))
+                    for layer in layers
+                },
+                about["form"],
+                {layer: file.get_tensor(f"layers.{layer}.gate") for layer in layers if f"layers.{layer}.gate" in names},
+                turning,
+            )
 
     def _path(self, digest: str) -> Path:
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
@@ -151,7 +220,7 @@ class PrefixStore:
         try:
             with safe_open(self._path(digest), framework="pt") as file:
                 yield file
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"The prefix {digest} cannot be read: {error}. Its adapter may have been removed.") from error
 
     @contextmanager
@@ -166,8 +235,13 @@ class PrefixStore:
         self._write(self.directory / NAMES, content.encode())
 
     def _drop_unnamed(self, before: Entry | None, entries: Mapping[str, Entry]) -> None:
-        if before is not None and all(entry.digest != before.digest for entry in entries.values()):
-            self._path(before.digest).unlink(missing_ok=True)
+        """Remove the files that no name has stood for since a while: requests that still run may need them."""
+        named = {entry.digest for entry in entries.values()}
+        if before is not None and before.digest not in named:
+            os.utime(self._path(before.digest))
+        for path in self.directory.glob("*.safetensors"):
+            if path.stem not in named and path.stat().st_mtime < time.time() - KEPT_SECONDS:
+                path.unlink(missing_ok=True)
 
     def _write(self, path: Path, content: bytes) -> None:
         """Write a file so that others see all of it or nothing."""
@@ -177,3 +251,8 @@ class PrefixStore:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _about(file: safe_open) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(file.metadata()["about"])
+    return about

@@ -21,6 +21,11 @@ FORMS: list[dict[str, Any]] = [
     {"reparameterization": "linear", "sharing": "all", "encoder_dim": 8},
     {"reparameterization": "mlp", "sharing": "none", "encoder_dim": 8},
     {"prefix_scaling": 2.0},
+    {"decoupled": True, "position_free": True},
+    {"gating": True, "position_free": True, "reparameterization": "linear", "encoder_dim": 8},
+    {"decoupled": True, "layers_to_transform": [0, 2]},
+    {"decoupled": True, "position_free": True, "reparameterization": "mlp", "sharing": "input", "encoder_dim": 8},
+    {"gating": True},
 ]
 
 
@@ -72,7 +77,7 @@ def save_adapters(model_directory: Path, directory: Path, num_adapters: int) -> 
             model_directory,
             paths[name],
             index + 1,
-            num_virtual_tokens=lengths[index % len(lengths)],
+            num_virtual_tokens=lengths[3 * index % len(lengths)],  # so that most forms have several
             **FORMS[index % len(FORMS)],
         )
     return paths

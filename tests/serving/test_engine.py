@@ -62,7 +62,7 @@ def test_a_mixed_batch_of_all_adapters_and_the_base_model_gets_pefts_tokens_cold
             counted(llm, "vllm:prefix_cache_queries") - queried
         )
         # what a client sends as a salt cannot reach the blocks of an adapter
-        longest = max(store.entries(), key=lambda name: store.entries()[name].num_virtual_tokens)
+        longest = max(store.entries(), key=lambda name: store.entries()[name].num_cached_tokens)
         digest = store.entries()[longest].digest
         prompt = {"prompt_token_ids": [0] * 64 + [5], "cache_salt": digest}
         llm.generate([prompt], parameters(store, None, 1), use_tqdm=False)
@@ -135,7 +135,7 @@ def test_what_cannot_be_answered_fails_alone_and_the_engine_goes_on(
     lost = "0" * 64
     unreadable = store.directory / f"{'1' * 64}.safetensors"
     unreadable.write_bytes(b"no tensors")
-    long = max(store.entries(), key=lambda name: store.entries()[name].num_virtual_tokens)
+    long = max(store.entries(), key=lambda name: store.entries()[name].num_cached_tokens)
     bad = [
         ([1], SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": {"prefix_plus": lost}})),
         ([1, 2], SamplingParams(max_tokens=4, extra_args={"kv_transfer_params": {"prefix_plus": "../store"}})),

@@ -24,14 +24,15 @@ from transformers import (
 )
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.serving import store as store_module
 from peft_prefix_plus.serving.folding import UnservableError, fold, served_model, why_not_served
-from peft_prefix_plus.serving.store import PrefixStore
+from peft_prefix_plus.serving.store import FoldedPrefix, PrefixStore, Turning
 
 
-def logits_with_cache(base: PreTrainedModel, key_values: Any, tokens: torch.Tensor) -> torch.Tensor:
+def logits_with_cache(base: PreTrainedModel, prefix: FoldedPrefix, tokens: torch.Tensor) -> torch.Tensor:
     """The base model's logits of a text that stands behind keys and values in a cache, as in another engine."""
     cache = DynamicCache()
-    for layer, (key, value) in key_values.items():
+    for layer, (key, value) in prefix.key_values.items():
         cache.update(key[None].to(base.dtype), value[None].to(base.dtype), layer)
     length = cache.get_seq_length()
     positions = torch.arange(length, length + tokens.shape[1])[None]
@@ -77,15 +78,13 @@ def test_an_adapter_of_prefix_tuning_is_folded_too(tmp_path: Path, projects: boo
     tokens = torch.randint(0, 300, (1, 40))
     with torch.no_grad():
         expected = adapted(input_ids=tokens).logits
-    key_values = fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model")))
-    torch.testing.assert_close(logits_with_cache(base, key_values, tokens), expected, rtol=1e-4, atol=1e-4)
+    prefix = fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model")))
+    torch.testing.assert_close(logits_with_cache(base, prefix, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"decoupled": True}, "decoupled"),
-        ({"gating": True}, "gated"),
         ({"position_free": True}, "position-free"),
         ({"layers_to_transform": [0]}, "chooses layers"),
         ({"exclude_modules": ["0.self_attn"]}, "chooses layers"),
@@ -117,8 +116,10 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 def test_a_model_whose_cache_cannot_take_a_prefix_is_refused(tmp_path: Path, config: Any, reason: str) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     save_adapter(tmp_path / "model", tmp_path / "adapter", 1, num_virtual_tokens=4)
-    with pytest.raises(UnservableError, match=reason):
+    with pytest.raises(UnservableError, match=rf"{reason}.*(decoupled=True|latent)"):
         fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model")))
+    save_adapter(tmp_path / "model", tmp_path / "added", 1, num_virtual_tokens=4, decoupled=True)  # the way out
+    assert fold(str(tmp_path / "added"), served_model(str(tmp_path / "model"))).num_cached_tokens == 0
     obstacle = why_not_served(config, PrefixPlusConfig.servable(task_type="CAUSAL_LM"))
     assert obstacle is not None and reason in obstacle
 
@@ -127,7 +128,7 @@ def test_short_texts_of_a_model_with_a_window_are_served(tmp_path: Path) -> None
     config = MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2, intermediate_size=48)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     save_adapter(tmp_path / "model", tmp_path / "adapter", 1, num_virtual_tokens=4)
-    assert set(fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model"), max_model_len=16))) == {0, 1}
+    assert set(fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model"), max_model_len=16)).key_values) == {0, 1}
     save_adapter(tmp_path / "model", tmp_path / "long", 1, num_virtual_tokens=16)
     with pytest.raises(UnservableError, match="no room"):
         fold(str(tmp_path / "long"), served_model(str(tmp_path / "model"), max_model_len=16))
@@ -162,24 +163,32 @@ def test_a_broken_adapter_or_one_of_another_model_is_refused(tmp_path: Path) -> 
         fold(str(folders["pickled"]), served)
 
 
-def test_a_store_knows_prefixes_by_name_and_by_content(tmp_path: Path) -> None:
+def test_a_store_knows_prefixes_by_name_and_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, other = PrefixStore(tmp_path), PrefixStore(tmp_path)  # of two processes
-    first = {0: (torch.randn(2, 5, 4), torch.randn(2, 5, 4))}
-    second = {0: (torch.randn(2, 6, 4), torch.randn(2, 6, 4))}
+    first = FoldedPrefix({0: (torch.randn(2, 5, 4), torch.randn(2, 5, 4))})
+    turning = Turning((1.0, 0.5), 1.5, True, False, False, (0, 3))
+    gates = {3: torch.randn(4)}
+    second = FoldedPrefix({3: (torch.randn(2, 6, 4), torch.randn(2, 6, 4))}, "gated", gates, turning)
     one, two = store.add("one", first, "somewhere"), store.add("two", first, "elsewhere")
     assert one.digest == two.digest and other.entries() == {"one": one, "two": two}
     replaced = other.add("one", second, "somewhere")
-    assert store.entries()["one"] == replaced != one and store.num_virtual_tokens(replaced.digest) == 6
-    torch.testing.assert_close(store.load(two.digest)[0], first[0], rtol=0, atol=0)
-    store.remove("two")  # the last name of the first prefix
+    assert store.entries()["one"] == replaced != one
+    assert (store.about(one.digest), store.about(replaced.digest)) == (("joint", 5), ("gated", 0))
+    loaded = store.load(replaced.digest)
+    assert (loaded.form, loaded.turning) == ("gated", turning) and torch.equal(loaded.gates[3], gates[3])
+    torch.testing.assert_close(loaded.key_values[3], second.key_values[3], rtol=0, atol=0)
+    store.remove("two")  # the last name of the first prefix, which running requests may still need
+    assert other.load(one.digest).num_virtual_tokens == 5
+    monkeypatch.setattr(store_module, "KEPT_SECONDS", -1.0)
+    store.add("three", second, "somewhere")
     assert {path.name for path in tmp_path.glob("*.safetensors")} == {f"{replaced.digest}.safetensors"}
     with pytest.raises(ValueError, match="removed"):
-        other.load(two.digest)
+        other.load(one.digest)
     with pytest.raises(ValueError, match="hexadecimal"):
         store.load("../" * 10)
     with pytest.raises(KeyError):
         store.remove("two")
-    assert json.loads((tmp_path / "adapters.json").read_text())["one"]["num_virtual_tokens"] == 6
+    assert json.loads((tmp_path / "adapters.json").read_text())["one"]["form"] == "gated"
     with pytest.raises(ValueError, match="does not exist"):
         PrefixStore(tmp_path / "nowhere")
 
@@ -193,5 +202,5 @@ def test_the_servable_preset_is_served_and_contradicts_what_is_not(tmp_path: Pat
             PrefixPlusConfig.servable(**fields)
     save_model(tmp_path / "model")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).save_pretrained(str(tmp_path / "a"))
-    assert set(fold(str(tmp_path / "a"), served_model(str(tmp_path / "model")))) == {0, 1, 2}
+    assert set(fold(str(tmp_path / "a"), served_model(str(tmp_path / "model"))).key_values) == {0, 1, 2}
     assert Reference(tmp_path / "model", {"a": tmp_path / "a"}).generate("a", [1, 2], 2)
