@@ -24,11 +24,16 @@ class ServingSettings:
     host: str = field(default="127.0.0.1", metadata={"help": "The address to listen at."})
     port: int = field(default=8000, metadata={"help": "The port to listen at."})
     may_load: bool = field(
-        default=False, metadata={"help": "Let clients load adapters from any path, and unload them, while the server runs."}
+        default=False,
+        metadata={"help": "Let clients load adapters from any path, and unload them, while the server runs."},
     )
     arguments: list[str] = field(
         default_factory=list,
-        metadata={"help": "After --: further arguments of the engine's server.", "is_argument": True, "is_repeatable": True},
+        metadata={
+            "help": "After --: further arguments of the engine's server.",
+            "is_argument": True,
+            "is_repeatable": True,
+        },
     )
 
     def __post_init__(self) -> None:

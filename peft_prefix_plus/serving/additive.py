@@ -121,9 +121,7 @@ class AddedPrefixes:
         return shares
 
 
-def _embeddings(
-    turning: Turning, positions: torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _embeddings(turning: Turning, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     angles = positions.double()[:, None] * torch.tensor(turning.frequencies, dtype=torch.float64)
     cos, sin = angles.cos() * turning.factor, angles.sin() * turning.factor
     return cos[None].float().to(device), sin[None].float().to(device)

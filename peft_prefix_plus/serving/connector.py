@@ -90,7 +90,8 @@ class Loads(KVConnectorMetadata):
 
 class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     """
-    Writes prefixes into vLLM's cache. `kv_connector_extra_config` names the adapters' folder as `store`.
+    Writes prefixes into vLLM's cache. `kv_connector_extra_config` names the adapters' folder as `store`; with `may_add` false, prefixes
+    that are added to attention are refused, and CUDA graphs may hold a whole forward.
 
     Args:
         vllm_config (`VllmConfig`): The engine's configuration.
@@ -106,11 +107,12 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         directory = self._kv_transfer_config.get_from_extra_config("store", None)
         if directory is None:
             raise ValueError(
-                'PrefixConnector needs the adapters\' folder: --kv-transfer-config \'{…, "kv_connector_extra_config": '
+                "PrefixConnector needs the adapters' folder: --kv-transfer-config '{…, \"kv_connector_extra_config\": "
                 '{"store": "FOLDER"}}\'. `prefix-plus serve` sets it.'
             )
         _check_cache(vllm_config, kv_cache_config)
         self._store = PrefixStore(directory)
+        self._may_add = bool(self._kv_transfer_config.get_from_extra_config("may_add", True))
         self._block_size: int = vllm_config.cache_config.block_size
         self._max_model_len: int = vllm_config.model_config.max_model_len
         # the scheduler's: the length of each waiting or running request's prefix, and what its next step is to write
@@ -131,6 +133,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         return False  # nothing is handed to another engine
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return bool(extra_config.get("may_add", True))  # what is added to attention runs outside graphs
+
     # ------------------------------------------------------------------------------------------------ scheduler
 
     def on_new_request(self, request: Request) -> None:
@@ -141,6 +147,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             form, length = self._checked_prefix(digest)
             if form == "joint":
                 _check_request(request, length, self._max_model_len)
+            elif not self._may_add:
+                raise ValueError("this server was started without prefixes that are added to attention.")
         except ValueError as error:
             logger.error("Request %s is refused: %s", request.request_id, error)
             self._refused.add(request.request_id)
@@ -165,16 +173,18 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if digest in self._checked:
             return self._checked[digest]
-        prefix, model, parallel = self._store.load(digest), self._vllm_config.model_config, self._vllm_config.parallel_config
+        prefix, model = self._store.load(digest), self._vllm_config.model_config
         num_layers, layers = model.get_total_num_hidden_layers(), set(prefix.key_values)
         if not layers <= set(range(num_layers)) or (prefix.form == "joint" and len(layers) != num_layers):
-            raise ValueError(f"The prefix {digest} is of a model with {len(layers)} layers, this one has {num_layers}.")
+            raise ValueError(
+                f"The prefix {digest} is of a model with {len(layers)} layers, this one has {num_layers}."
+            )
         heads, dim = model.get_total_num_kv_heads(), model.get_head_size()
         for key, value in prefix.key_values.values():
             if {(tensor.shape[0], tensor.shape[2]) for tensor in (key, value)} != {(heads, dim)}:
                 raise ValueError(
                     f"The prefix {digest} has keys of {key.shape[0]} heads and {key.shape[2]} dims; the served model has {heads} "
-                    f"of {dim}, on {parallel.tensor_parallel_size} ranks."
+                    f"of {dim}."
                 )
         self._checked[digest] = prefix.form, prefix.num_cached_tokens
         return self._checked[digest]
@@ -217,7 +227,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._layers = attention_layers(self._vllm_config.compilation_config.static_forward_context)
-        self._added.follow(self._layers)
+        if self._may_add:
+            self._added.follow(self._layers)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -339,10 +350,9 @@ def heads_of_rank(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
     rank, size, total = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor.shape[0]
     if max(total // size, 1) != num_heads:
-        raise ValueError(
-            f"The prefix has {total} heads; the served model has {num_heads} on each of {size} ranks."
-        )
-    first = rank * num_heads if total >= size else rank * total // size  # with fewer heads than ranks, several have the same
+        raise ValueError(f"The prefix has {total} heads; the served model has {num_heads} on each of {size} ranks.")
+    # with fewer heads than ranks, several ranks have the same
+    first = rank * num_heads if total >= size else rank * total // size
     return tensor[first : first + num_heads]
 
 
@@ -389,4 +399,6 @@ def _check_cache(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
         )
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise ValueError("A prefix cannot be served with context parallelism, which spreads a request's tokens over ranks.")
+        raise ValueError(
+            "A prefix cannot be served with context parallelism, which spreads a request's tokens over ranks."
+        )

@@ -76,7 +76,9 @@ class Adapters:
         if config.kv_transfer_config is not None:
             extra = config.kv_transfer_config.kv_connector_extra_config
         if "store" not in extra:
-            raise ValueError("The plugin prefix_plus of vLLM needs PrefixConnector in --kv-transfer-config; see `prefix-plus serve`.")
+            raise ValueError(
+                "The plugin prefix_plus of vLLM needs PrefixConnector in --kv-transfer-config; see `prefix-plus serve`."
+            )
         self.store = PrefixStore(extra["store"])
         self.may_load = bool(extra.get("may_load", False))
         self.max_model_len: int = config.model_config.max_model_len
@@ -98,7 +100,9 @@ class Adapters:
             ValueError: If it cannot be served. Everything is as before then.
         """
         if not name or self._state.openai_serving_models.is_base_model(name):
-            raise ValueError(f"An adapter cannot be named {name!r}, as the base model or not at all. Choose another name.")
+            raise ValueError(
+                f"An adapter cannot be named {name!r}, as the base model or not at all. Choose another name."
+            )
         async with self._changing:
             key_values = await asyncio.to_thread(self._fold, path)
             return self.store.add(name, key_values, path)
@@ -156,7 +160,7 @@ async def load_prefix_adapter(body: LoadRequest, request: Request) -> JSONRespon
         return _not_allowed()
     try:
         entry = await adapters.load(body.name, body.path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # whatever a broken file raises, the server goes on
         logger.warning("The adapter %r is refused: %s", body.path, error)
         return _error(f"The adapter cannot be served. {error}", HTTPStatus.BAD_REQUEST)
@@ -268,7 +272,15 @@ class NamesToPrefixes:
 TEMPLATE_BYTES = 4096
 """What a chat template may add to a request, in bytes; a longer one only costs a clear message in rare cases."""
 
-TOKENIZED = ("prompt", "messages", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "tools")
+TOKENIZED = (
+    "prompt",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "tools",
+)
 """The fields of a request that make its prompt."""
 
 
@@ -278,7 +290,9 @@ def _add_prefix(body: dict[str, Any], entry: Entry) -> None:
     body["kv_transfer_params"] = {**(parameters if isinstance(parameters, dict) else {}), PARAMETER: entry.digest}
     if not entry.num_cached_tokens:
         return  # the whole prompt is computed
-    asks_for_prompt = body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs") is not None)
+    asks_for_prompt = body.get("prompt_logprobs") is not None or (
+        body.get("echo") and body.get("logprobs") is not None
+    )
     if asks_for_prompt:
         raise RefusedError(
             "There are no log-probabilities of a prompt behind an adapter's prefix: leave out `prompt_logprobs`, and `echo` with "

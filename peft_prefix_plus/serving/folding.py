@@ -24,15 +24,17 @@ from ..conversion.exactness import exact_up_to
 from ..conversion.measured_rotations import Rotation
 from ..conversion.prefix_tuning import PROMPT_EMBEDDINGS
 from ..encoders import Scaling, make_encoder
+from ..layer import GATE_SCALE
 from ..probing.geometry import AttentionGeometry
 from ..probing.modules import attention_modules
 from ..probing.targets import layer_of, select_modules
 from ..registration import METHOD_NAME, PREFIX_PLUS
-from ..layer import GATE_SCALE
 from .store import FoldedPrefix, KeyValues, Turning
 
 
-RETRAIN = "Train one by PrefixPlusConfig.servable(...), or by prefix-plus train --servable; transformers can use this one."
+RETRAIN = (
+    "Train one by PrefixPlusConfig.servable(...), or by prefix-plus train --servable; transformers can use this one."
+)
 """The way out for an adapter whose form vLLM cannot take."""
 
 
@@ -148,7 +150,10 @@ def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> FoldedPrefix
     length = config.num_virtual_tokens
     if _is_joint(config):
         return FoldedPrefix(
-            {layers[name]: (model.rotations[name].rotate(key, length), value) for name, (key, value) in prefixes.items()}
+            {
+                layers[name]: (model.rotations[name].rotate(key, length), value)
+                for name, (key, value) in prefixes.items()
+            }
         )
     return FoldedPrefix(
         {layers[name]: pair for name, pair in prefixes.items()},
@@ -178,7 +183,9 @@ def _is_joint(config: PrefixPlusConfig) -> bool:
 
 def _why_not(model: ServedModel, config: PrefixPlusConfig) -> str | None:
     if config.modules_to_save:
-        return f"it has modules of its own, {', '.join(config.modules_to_save)}, which are no part of a prefix. {RETRAIN}"
+        return (
+            f"it has modules of its own, {', '.join(config.modules_to_save)}, which are no part of a prefix. {RETRAIN}"
+        )
     if not _is_joint(config):
         return model.turning_obstacle or None if config.position_free else None
     if config.position_free is not False:
@@ -240,7 +247,11 @@ def _positions(
         return {}, None, "its layers rotate in several ways"
     config = model.config.get_text_config()
     if getattr(embeddings[0], "rope_type", "default") in LENGTH_DEPENDENT:
-        return {}, None, f"its rotary frequencies, of type {embeddings[0].rope_type!r}, depend on the length of the text"
+        return (
+            {},
+            None,
+            f"its rotary frequencies, of type {embeddings[0].rope_type!r}, depend on the length of the text",
+        )
     with torch.device("cpu"):  # the model's own has no memory
         embedding = type(embeddings[0])(config)
     frequencies, rotation = tuple(embedding.inv_freq.double().tolist()), next(iter(rotating.values()))
@@ -278,7 +289,9 @@ def _folder(adapter: str, hub_arguments: Mapping[str, Any]) -> Path:
                 snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], **hub_arguments)
             )
         except (OSError, ValueError) as error:  # what the Hub raises is either
-            raise ValueError(f"The adapter {adapter!r} is no directory, and cannot be had from the Hub: {error}") from error
+            raise ValueError(
+                f"The adapter {adapter!r} is no directory, and cannot be had from the Hub: {error}"
+            ) from error
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"The adapter {adapter!r} has no {name}. Save it by model.save_pretrained().")
@@ -351,7 +364,9 @@ def _fold_prefix_tuning(
             f"and nothing else, got {found}."
         )
     if not embeddings.is_floating_point() or not bool(embeddings.isfinite().all()):
-        raise ValueError(f"The PREFIX_TUNING adapter {adapter!r} has numbers that are not finite. Load an earlier checkpoint.")
+        raise ValueError(
+            f"The PREFIX_TUNING adapter {adapter!r} has numbers that are not finite. Load an earlier checkpoint."
+        )
     reason = model.obstacle if model.num_tokens is not None and model.obstacle else _too_long(model, length)
     if reason:
         raise UnservableError(f"vLLM cannot serve the adapter {adapter!r}: {reason}")

@@ -83,6 +83,8 @@ class FoldedPrefix:
     def num_cached_tokens(self) -> int:
         """How many tokens it takes of the context: what is added to attention takes none."""
         return self.num_virtual_tokens if self.form == "joint" else 0
+
+
 NAMES = "adapters.json"
 KEPT_SECONDS = 3600.0
 """How long a prefix is kept after its last name is gone."""
@@ -197,16 +199,18 @@ class PrefixStore:
             layers = sorted({int(name.split(".")[1]) for name in names})
             turning = about["turning"]
             if turning is not None:
-                turning = Turning(
-                    **{**turning, **{name: tuple(turning[name]) for name in ("frequencies", "layers")}}
-                )
+                turning = Turning(**{**turning, **{name: tuple(turning[name]) for name in ("frequencies", "layers")}})
             return FoldedPrefix(
                 {
                     layer: (file.get_tensor(f"layers.{layer}.key"), file.get_tensor(f"layers.{layer}.value"))
                     for layer in layers
                 },
                 about["form"],
-                {layer: file.get_tensor(f"layers.{layer}.gate") for layer in layers if f"layers.{layer}.gate" in names},
+                {
+                    layer: file.get_tensor(f"layers.{layer}.gate")
+                    for layer in layers
+                    if f"layers.{layer}.gate" in names
+                },
                 turning,
             )
 
@@ -221,7 +225,9 @@ class PrefixStore:
             with safe_open(self._path(digest), framework="pt") as file:
                 yield file
         except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"The prefix {digest} cannot be read: {error}. Its adapter may have been removed.") from error
+            raise ValueError(
+                f"The prefix {digest} cannot be read: {error}. Its adapter may have been removed."
+            ) from error
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Entry]]:

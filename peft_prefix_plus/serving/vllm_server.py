@@ -66,24 +66,26 @@ def serve(
         served = served_model(model, _max_model_len(arguments))
         for name, path in adapters.items():
             store.add(name, fold(path, served), path)
+        may_add = may_load or any(entry.form != "joint" for entry in store.entries().values())
         command = [sys.executable, "-m", MODULE, "--model", model, "--host", host, "--port", str(port)]
-        command += ["--kv-transfer-config", json.dumps(kv_transfer_config(directory, may_load)), *arguments]
+        command += ["--kv-transfer-config", json.dumps(kv_transfer_config(directory, may_load, may_add)), *arguments]
         return _run(command, {**os.environ, "VLLM_PLUGINS": _plugins(os.environ.get("VLLM_PLUGINS"))})
 
 
-def kv_transfer_config(store: str, may_load: bool = False) -> dict[str, Any]:
+def kv_transfer_config(store: str, may_load: bool = False, may_add: bool = True) -> dict[str, Any]:
     """
     Return vLLM's `kv_transfer_config` for prefixes.
 
     Args:
         store (`str`): The adapters' folder.
         may_load (`bool`, defaults to `False`): Whether clients may load and unload adapters.
+        may_add (`bool`, defaults to `True`): Whether there may be prefixes that are added to attention.
     """
     return {
         "kv_connector": "PrefixConnector",
         "kv_connector_module_path": "peft_prefix_plus.serving.connector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"store": store, "may_load": may_load},
+        "kv_connector_extra_config": {"store": store, "may_load": may_load, "may_add": may_add},
     }
 
 

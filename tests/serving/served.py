@@ -102,7 +102,13 @@ class Reference:
     def generate(self, adapter: str | None, prompt: Sequence[int], num_tokens: int, **more: Any) -> list[int]:
         """Return the tokens that follow a prompt, greedily, with an adapter or the base model."""
         input_ids = torch.tensor([list(prompt)])
-        options: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **more}
+        options: dict[str, Any] = {
+            "max_new_tokens": num_tokens,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **more,
+        }
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         with torch.no_grad():
             if adapter is None:

@@ -145,7 +145,9 @@ def test_what_cannot_be_answered_fails_alone_and_the_engine_goes_on(
         ([1, 2, 3], parameters(store, long, 4, prompt_logprobs=1)),
     ]
     with engine() as llm:
-        prompts = [{"prompt_token_ids": prompt} for prompt in [*(each for each, _ in bad), *(each for _, each in good)]]
+        prompts = [
+            {"prompt_token_ids": prompt} for prompt in [*(each for each, _ in bad), *(each for _, each in good)]
+        ]
         settings = [*(each for _, each in bad), *(parameters(store, adapter, 12) for adapter, _ in good)]
         outputs = llm.generate(prompts, settings, use_tqdm=False)
         assert [output.outputs[0].finish_reason for output in outputs[: len(bad)]] == ["error"] * len(bad)

@@ -99,7 +99,13 @@ def test_a_form_that_no_cache_can_hold_is_refused(tmp_path: Path, fields: dict[s
         fold(str(tmp_path / "adapter"), served)
 
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,9 @@ def test_short_texts_of_a_model_with_a_window_are_served(tmp_path: Path) -> None
     config = MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2, intermediate_size=48)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     save_adapter(tmp_path / "model", tmp_path / "adapter", 1, num_virtual_tokens=4)
-    assert set(fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model"), max_model_len=16)).key_values) == {0, 1}
+    assert set(
+        fold(str(tmp_path / "adapter"), served_model(str(tmp_path / "model"), max_model_len=16)).key_values
+    ) == {0, 1}
     save_adapter(tmp_path / "model", tmp_path / "long", 1, num_virtual_tokens=16)
     with pytest.raises(UnservableError, match="no room"):
         fold(str(tmp_path / "long"), served_model(str(tmp_path / "model"), max_model_len=16))
@@ -145,7 +153,9 @@ def test_a_broken_adapter_or_one_of_another_model_is_refused(tmp_path: Path) -> 
         folders[name] = shutil.copytree(tmp_path / "good", tmp_path / name)
     weights = load_file(tmp_path / "good" / "adapter_model.safetensors")
     first = next(iter(weights))
-    save_file({**weights, first: torch.full_like(weights[first], torch.nan)}, folders["nan"] / "adapter_model.safetensors")
+    save_file(
+        {**weights, first: torch.full_like(weights[first], torch.nan)}, folders["nan"] / "adapter_model.safetensors"
+    )
     (folders["cut"] / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     (folders["no-config"] / "adapter_config.json").unlink()
     (folders["no-weights"] / "adapter_model.safetensors").unlink()
@@ -201,6 +211,8 @@ def test_the_servable_preset_is_served_and_contradicts_what_is_not(tmp_path: Pat
         with pytest.raises(ValueError, match=next(iter(fields))):
             PrefixPlusConfig.servable(**fields)
     save_model(tmp_path / "model")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).save_pretrained(str(tmp_path / "a"))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), config).save_pretrained(
+        str(tmp_path / "a")
+    )
     assert set(fold(str(tmp_path / "a"), served_model(str(tmp_path / "model"))).key_values) == {0, 1, 2}
     assert Reference(tmp_path / "model", {"a": tmp_path / "a"}).generate("a", [1, 2], 2)

@@ -72,7 +72,16 @@ def server(
     command = [sys.executable, "-m", "peft_prefix_plus.cli", "serve", "--model", str(model_path), "--port", str(port)]
     for name, path in adapter_paths.items():
         command += ["--adapter", f"{name}={path}"]
-    command += ["--may-load", "--", "--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--block-size=32"]
+    command += [
+        "--may-load",
+        "--",
+        "--served-model-name",
+        "base",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--block-size=32",
+    ]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--api-key", "secret", "--max-num-seqs", "32"]
     with open(log, "wb") as writer:
         process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=writer, stderr=writer)
