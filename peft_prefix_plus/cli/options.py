@@ -74,7 +74,7 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
     annotation: Any = str
     if field.metadata.get("is_repeatable", False):
         (annotation,) = allowed
-        default = field.default_factory()  # type: ignore[misc]
+        default = []
     elif allowed == {bool}:
         annotation, name = bool, f"{name}/--no-{name.removeprefix('--')}"
     elif len(allowed) == 1 and allowed <= {int, float, str, Path}:

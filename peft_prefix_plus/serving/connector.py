@@ -361,7 +361,7 @@ def _put_before(request: Request, length: int) -> None:
     placeholder = PLACEHOLDER
     if request.sampling_params is not None and request.sampling_params.repetition_penalty != 1.0:
         # the penalty is on what is in the prompt: a token that is there anyway changes nothing
-        placeholder = request.prompt_token_ids[0]  # type: ignore[index]
+        placeholder = request.prompt_token_ids[0]
     placeholders = [placeholder] * length
     request.prompt_token_ids = placeholders + list(request.prompt_token_ids or [])
     request._all_token_ids[:0] = placeholders

@@ -126,7 +126,7 @@ class EndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and what maps names."""
-        app.add_middleware(NamesToPrefixes)  # type: ignore[arg-type]
+        app.add_middleware(NamesToPrefixes)
         app.get("/v1/models")(show_models)
         app.post("/v1/load_prefix_adapter")(load_prefix_adapter)
         app.post("/v1/unload_prefix_adapter")(unload_prefix_adapter)
@@ -223,7 +223,7 @@ class NamesToPrefixes:
                 _add_prefix(body, entry)
                 await self._check_length(scope, path, body, len(content), entry, adapters.max_model_len)
             except RefusedError as error:
-                await _error(str(error), HTTPStatus.BAD_REQUEST)(scope, receive, send)  # type: ignore[arg-type]
+                await _error(str(error), HTTPStatus.BAD_REQUEST)(scope, receive, send)
                 return
             send = _naming(send, adapters.base_name, name)
         await self.app(*_with_body(scope, json.dumps(body).encode(), receive), send)

@@ -23,7 +23,7 @@ from ..config import PrefixPlusConfig
 from ..conversion.exactness import exact_up_to
 from ..conversion.measured_rotations import Rotation
 from ..conversion.prefix_tuning import PROMPT_EMBEDDINGS
-from ..encoders import Scaling, make_encoder
+from ..encoders import PrefixEncoder, Scaling, make_encoder
 from ..layer import GATE_SCALE
 from ..probing.geometry import AttentionGeometry
 from ..probing.modules import attention_modules
@@ -309,7 +309,9 @@ def _produce(
     """
     names = _prefixed(config, geometries, state_dict)
     shared, scalings = nn.ModuleDict({}), nn.ModuleDict({})
-    encoders, gates, parts = {}, {}, {}
+    encoders: dict[str, PrefixEncoder] = {}
+    gates: dict[str, nn.ParameterDict] = {}
+    parts: dict[str, nn.Module] = {}
     for index, name in enumerate(names):
         scaling = scalings[str(index)] = Scaling()
         encoder = encoders[name] = make_encoder(config, geometries[name].shape, shared)
