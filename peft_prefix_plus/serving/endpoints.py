@@ -370,7 +370,8 @@ async def _answer(app: Any, scope: Message, content: bytes) -> bytes:
     answer = b""
 
     async def receive() -> Message:
-        return {"type": "http.disconnect"}
+        await asyncio.Event().wait()  # there is no client to go away
+        raise AssertionError
 
     async def send(message: Message) -> None:
         nonlocal answer
