@@ -7,7 +7,7 @@ SERVE_VENV ?= .venv-serve
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models test-oldest test-serving test-soak lint format docs bench bench-quality bench-real bench-serving real-model clean
+.PHONY: help install demo test test-models test-oldest test-serving test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-models: install ## test every architecture (minutes on 2 cores) and write d
 
 test-soak: install ## run the long tests: threads, interrupts, drawn examples (at most 40 minutes)
 	$(BIN)/pytest -n auto -m soak
+
+test-gpu: install ## run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
@@ -55,6 +58,7 @@ lint: install ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 format: install ## put the code into style
 	$(BIN)/ruff check --fix .
@@ -62,6 +66,14 @@ format: install ## put the code into style
 
 docs: install ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
+compatibility: install ## find the private names that are used, for docs/compatibility.md
+	PYTHONPATH=. $(BIN)/python tests/compatibility_report.py
+
+dist: install ## build the package into dist (TAG=… must be its version)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(if $(TAG),test -f "dist/peft_prefix_plus-$(TAG:v%=%).tar.gz")
 
 bench: install ## measure time and memory against PREFIX_TUNING and LoRA
 	$(BIN)/python benchmarks/speed.py
@@ -81,4 +93,4 @@ bench-serving: $(SERVE_VENV)/.installed ## measure requests per second and time 
 	$(SERVE_VENV)/bin/python benchmarks/serving.py --model $(MODEL)
 
 clean: ## remove what the other commands make
-	rm -rf $(VENV) $(OLDEST_VENV) $(SERVE_VENV) docs/_build demo-output quality-output
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVE_VENV) dist docs/_build demo-output quality-output

@@ -101,7 +101,7 @@ def prefix_plus(**fields: Any) -> Callable[[Setting], Any]:
 
 
 def prefix_plus_from_text(setting: Setting) -> Any:
-    model = prefix_plus(position_free=False)(setting)
+    model = prefix_plus(decoupled=False, position_free=False)(setting)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the text is longer than the prefix
         initialize_from_text(model, setting.tokenizer, setting.text)

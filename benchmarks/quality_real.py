@@ -56,11 +56,14 @@ PREFIX_RATES = (0.03, 0.1, 0.3)
 
 METHODS = {
     "PREFIX_PLUS (default)": Method(prefix_plus(), RATES),
-    "PREFIX_PLUS, gating": Method(prefix_plus(gating=True), RATES),
-    "PREFIX_PLUS, decoupled": Method(prefix_plus(decoupled=True), RATES),
     "PREFIX_PLUS, fixed positions": Method(prefix_plus(position_free=False), RATES),
+    "PREFIX_PLUS, joint": Method(prefix_plus(decoupled=False), RATES),
+    "PREFIX_PLUS, joint, fixed positions": Method(prefix_plus(decoupled=False, position_free=False), RATES),
+    "PREFIX_PLUS, gating": Method(prefix_plus(gating=True), RATES),
     "PREFIX_PLUS, linear": Method(prefix_plus(reparameterization="linear"), RATES),
     "PREFIX_PLUS, mlp": Method(prefix_plus(reparameterization="mlp"), RATES),
+    "PREFIX_PLUS, joint, linear": Method(prefix_plus(decoupled=False, reparameterization="linear"), RATES),
+    "PREFIX_PLUS, joint, mlp": Method(prefix_plus(decoupled=False, reparameterization="mlp"), RATES),
     "LoRA": Method(lora, (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)),
     "PREFIX_TUNING, random": Method(prefix_tuning, PREFIX_RATES),
     "PREFIX_TUNING, start: zero": Method(prefix_tuning_from_zero, PREFIX_RATES),

@@ -70,12 +70,15 @@ DEFAULT = "PREFIX_PLUS (default)"
 
 METHODS = {
     DEFAULT: SizedMethod(prefix_plus(), (2e-3, *RATE, 1e-2)),
-    "PREFIX_PLUS, start: activations": SizedMethod(prefix_plus(init_weights="activations"), RATE),
     "PREFIX_PLUS, fixed positions": SizedMethod(prefix_plus(position_free=False), (2e-3, *RATE, 1e-2)),
-    "PREFIX_PLUS, fixed positions, start: text": SizedMethod(prefix_plus_from_text, RATE),
-    "PREFIX_PLUS, start: zero": SizedMethod(prefix_plus(init_weights="zero"), RATE),
+    "PREFIX_PLUS, joint": SizedMethod(prefix_plus(decoupled=False), (2e-3, *RATE, 1e-2)),
+    "PREFIX_PLUS, joint, fixed positions": SizedMethod(prefix_plus(decoupled=False, position_free=False), RATE),
+    "PREFIX_PLUS, joint, fixed positions, start: text": SizedMethod(prefix_plus_from_text, RATE),
+    "PREFIX_PLUS, joint, start: activations": SizedMethod(
+        prefix_plus(decoupled=False, init_weights="activations"), RATE
+    ),
+    "PREFIX_PLUS, joint, start: zero": SizedMethod(prefix_plus(decoupled=False, init_weights="zero"), RATE),
     "PREFIX_PLUS, gating": SizedMethod(prefix_plus(gating=True), RATE),
-    "PREFIX_PLUS, decoupled": SizedMethod(prefix_plus(decoupled=True), RATE),
     "PREFIX_PLUS, linear": SizedMethod(prefix_plus(reparameterization="linear"), RATE, SMALL),
     "PREFIX_PLUS, mlp": SizedMethod(prefix_plus(reparameterization="mlp"), RATE, SMALL),
     "PREFIX_PLUS, unscaled": SizedMethod(prefix_plus(prefix_scaling=1.0), (0.01, 0.1, 0.3), SMALL),

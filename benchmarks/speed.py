@@ -3,7 +3,8 @@ Time and memory of PREFIX_PLUS against PEFT's PREFIX_TUNING, LoRA (r = 8 on q an
 
 All methods run interleaved in one process, round by round, on the same random weights and inputs; each figure is the median
 over the rounds, with the middle half of them as spread, and as a ratio of medians to PREFIX_TUNING. PREFIX_TUNING and
-PREFIX_PLUS have prefixes of the same length in every layer; "fixed" is PREFIX_PLUS with position_free=False.
+PREFIX_PLUS have prefixes of the same length in every layer; "joint" is PREFIX_PLUS with decoupled=False, "fixed" that with
+position_free=False as well.
 
     python benchmarks/speed.py                          # every table, CPU, a 512-wide Llama
     python benchmarks/speed.py --tables train decode    # some tables
@@ -42,7 +43,9 @@ SHAPES = {
 }
 INTERMEDIATE = {"small": 1408, "1b": 8192, "7b": 11008}
 BASELINE = "PREFIX_TUNING"
-FIXED = "PREFIX_PLUS, fixed"
+JOINT = "PREFIX_PLUS, joint"
+FIXED = "PREFIX_PLUS, joint, fixed"
+METHODS = (BASELINE, "PREFIX_PLUS", JOINT, FIXED, "LoRA", "bare")
 
 Step = Callable[[], None]
 
@@ -99,6 +102,7 @@ def wrap(settings: Settings, method: str, base: LlamaForCausalLM, layers: list[i
             task_type="CAUSAL_LM",
             num_virtual_tokens=settings.prefix,
             layers_to_transform=layers,
+            decoupled=method not in (JOINT, FIXED),
             position_free=method != FIXED,
         )
     return get_peft_model(base, config)
@@ -185,7 +189,7 @@ def train_table(settings: Settings, progress: Progress) -> Table:
     for tokens, batch, share in cases:
         ids = settings.ids(batch, tokens)
         layers = None if share == 1.0 else top_layers(settings, share)
-        methods = [BASELINE, "PREFIX_PLUS", "LoRA", *([FIXED, "bare"] if share == 1.0 else [])]
+        methods = [BASELINE, "PREFIX_PLUS", JOINT, "LoRA", *([FIXED, "bare"] if share == 1.0 else [])]
         steps = {method: train_step(wrap(settings, method, base, layers), ids) for method in methods}
         name = f"T={tokens}, batch {batch}, {'all' if layers is None else f'top {share:g} of the'} layers"
         timing_rows(table, name, interleave(settings, steps, progress, name))
@@ -198,7 +202,10 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
     for tokens in (2048, 4096, 8192):
         ids = settings.ids(1, tokens)
         reference = None
-        rows = [(BASELINE, False), ("PREFIX_PLUS", False), ("LoRA", False), ("PREFIX_PLUS", True), ("LoRA", True)]
+        rows = [
+            *((method, False) for method in (BASELINE, "PREFIX_PLUS", JOINT, "LoRA")),
+            *((method, True) for method in ("PREFIX_PLUS", JOINT, "LoRA")),
+        ]
         # without checkpointing, 8192 tokens need more memory than small machines have
         rows = [row for row in rows if tokens < 8192 or row[1]]
         task = progress.add_task(f"memory at T={tokens}", total=len(rows))
@@ -219,7 +226,7 @@ def memory_table(settings: Settings, progress: Progress) -> Table:
 def evaluated(settings: Settings) -> dict[str, PreTrainedModel]:
     """A model of every method, for inference."""
     base = settings.base()
-    return {method: wrap(settings, method, base).eval() for method in (BASELINE, "PREFIX_PLUS", FIXED, "LoRA", "bare")}
+    return {method: wrap(settings, method, base).eval() for method in METHODS}
 
 
 def prefill_table(settings: Settings, progress: Progress) -> Table:
@@ -274,7 +281,7 @@ def length_table(settings: Settings, progress: Progress) -> Table:
     ids = settings.ids(1, 2048)
     for prefix in (10, 50, 100, 200, 500):
         longer = Settings(**{**vars(settings), "prefix": prefix})
-        steps = {method: train_step(wrap(longer, method, base), ids) for method in (BASELINE, "PREFIX_PLUS")}
+        steps = {method: train_step(wrap(longer, method, base), ids) for method in (BASELINE, "PREFIX_PLUS", JOINT)}
         name = f"{prefix} virtual tokens"
         timing_rows(table, name, interleave(settings, steps, progress, name))
     return table
@@ -284,7 +291,7 @@ def storage_table(settings: Settings, progress: Progress) -> Table:
     table = new_table("Saving and loading an adapter", "case", "method", "ms", "middle half", "ratio")
     base = settings.base()
     with tempfile.TemporaryDirectory() as folder:
-        wrapped = {method: wrap(settings, method, base) for method in (BASELINE, "PREFIX_PLUS", "LoRA")}
+        wrapped = {method: wrap(settings, method, base) for method in (BASELINE, "PREFIX_PLUS", JOINT, "LoRA")}
         paths = {method: Path(folder, method) for method in wrapped}
         saves: dict[str, Step] = {
             method: lambda method=method: wrapped[method].save_pretrained(paths[method]) for method in wrapped

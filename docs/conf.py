@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import peft_prefix_plus
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pictures
 
 
 project = "peft-prefix-plus"
@@ -76,4 +83,5 @@ def translate_docstring(app: Any, what: str, name: str, obj: Any, options: Any, 
 
 
 def setup(app: Any) -> None:
+    pictures.draw_all()
     app.connect("autodoc-process-docstring", translate_docstring, priority=100)  # before napoleon

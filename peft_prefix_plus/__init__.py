@@ -9,7 +9,7 @@ from .insight.plots import plot_attention_mass, plot_prefix_norms, plot_training
 from .insight.pruning import LayerSuggestion, prune_layers, suggest_layers
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
-from .probing.inputs import example_inputs
+from .probing.examples import example_inputs
 from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
 from .starting.fitting import Residual

@@ -8,19 +8,25 @@ import numbers
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import regex
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
+from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
 
 
-REPARAMETERIZATIONS = ("none", "linear", "mlp")
-SHARINGS = ("none", "input", "projection", "all")
-INITIALIZATIONS = (True, False, "random", "zero", "activations")
+Reparameterization = Literal["none", "linear", "mlp"]
+"""The names of the encoders of this package, for type checkers; `encoders.ENCODERS` has those of others too."""
+
+Sharing = Literal["none", "input", "projection", "all"]
+Initialization = Literal["random", "zero", "activations"]
+
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+INITIALIZATIONS: tuple[bool | Initialization, ...] = (True, False, *get_args(Initialization))
 
 SERVABLE: dict[str, Any] = {
     "gating": False,
@@ -44,14 +50,17 @@ MOST_ENTRIES = 10_000
 @dataclass
 class PrefixPlusConfig(PeftConfig):
     """
-    Configuration of [`PrefixPlusModel`]: learned keys and values before the real ones in chosen attention modules.
+    Configuration of [`PrefixPlusModel`]: learned keys and values, a prefix, in the attention of chosen modules.
 
-    Per attention module, with `L_p = num_virtual_tokens`:
+    Per attention module, with `L_p = num_virtual_tokens`, the prefix (P_K, P_V) takes one of three forms:
 
-        out = softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V]
+        decoupled (the default)  out = softmax(s · Q Kᵀ + mask) V + silu(6 tanh(s/6 · Q P_Kᵀ)) P_V
+        joint                    out = softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V]
+        gated                    out = softmax(s · Q Kᵀ + mask) V + tanh(gate) softmax(s · Q P_Kᵀ) P_V
 
-    where the prefix (P_K, P_V) is learned directly or produced from a small learned input P' of shape
-    (L_p, `encoder_dim`). See Li & Liang, *Prefix-Tuning* (arXiv 2101.00190).
+    It is learned directly or produced from a small learned input P' of shape (L_p, `encoder_dim`). See Li & Liang, *Prefix-Tuning*
+    (arXiv 2101.00190), for the joint form; Wang et al., *PrefixMemory-Tuning* (arXiv 2506.13674), for the decoupled one; Zhang et al.,
+    *LLaMA-Adapter* (arXiv 2303.16199), for the gate.
 
     Args:
         num_virtual_tokens (`int`, defaults to 20):
@@ -91,10 +100,11 @@ class PrefixPlusConfig(PeftConfig):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model. A
             gate is 25 times its parameter, so that it opens at the learning rate of keys and values.
-        decoupled (`bool`, defaults to `False`):
-            Add silu(6 tanh(s/6 · Q P_Kᵀ)) P_V to the untouched attention of the base model: the prefix takes no attention away from
-            the real tokens (after Prefix-Tuning+, arXiv 2506.13674). The values start at zero, so that at the start this is
-            exactly the base model. Not with `gating`.
+        decoupled (`bool`, *optional*):
+            `True`: add the prefix outside the softmax, so that it takes no attention away from the real tokens; its values start at
+            zero, and training at exactly the base model. `False`: the joint form, in which the prefix shares the softmax of the real
+            tokens, as in PREFIX_TUNING; it is what conversions, starts from a text and other serving engines need. `None` means
+            `True` unless `gating`, or `init_weights="zero"`, asks for another form.
         position_free (`bool`, *optional*):
             Where positions rotate queries and keys (RoPE): whether the prefix meets queries as they are before their rotation,
             so that it finds the same in a query wherever that stands. `False` puts the prefix at fixed positions before
@@ -127,10 +137,10 @@ class PrefixPlusConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
-    reparameterization: str = field(
+    reparameterization: Reparameterization = field(
         default="none", metadata={"help": "How the prefix is produced: 'none', 'linear' or 'mlp'."}
     )
-    sharing: str = field(
+    sharing: Sharing = field(
         default="projection",
         metadata={"help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none'."},
     )
@@ -168,10 +178,11 @@ class PrefixPlusConfig(PeftConfig):
         default=False,
         metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."},
     )
-    decoupled: bool = field(
-        default=False,
+    decoupled: bool | None = field(
+        default=None,
         metadata={
-            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model."
+            "help": "Add the prefix outside the softmax: it takes no attention away, and starts as the base model. False: the prefix "
+            "shares the softmax. None means True, unless gating or init_weights='zero' asks for another form."
         },
     )
     position_free: bool | None = field(
@@ -180,7 +191,7 @@ class PrefixPlusConfig(PeftConfig):
             "help": "The prefix meets queries without their rotary position; None means True wherever possible."
         },
     )
-    init_weights: bool | str = field(
+    init_weights: bool | Initialization = field(
         default=True,
         metadata={
             "help": "True: a quiet start beside the base model. False or 'random': random keys and values, with an open "
@@ -195,10 +206,12 @@ class PrefixPlusConfig(PeftConfig):
     awaits_weights = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PREFIX_PLUS
         self._check_types()
         self._check_values()
+        if self.decoupled is None:
+            self.decoupled = not self.gating and self.init_weights != "zero"
         self._check_contradictions()
 
     def _check_types(self) -> None:
@@ -229,7 +242,7 @@ class PrefixPlusConfig(PeftConfig):
                 raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
         for name in ("encoder_prefix", "cross_prefix", "gating", "decoupled", "position_free"):
             value, expected = getattr(self, name), "True or False"
-            if name == "position_free":
+            if name in ("decoupled", "position_free"):
                 if value is None:
                     continue
                 expected = "True, False or None"
@@ -260,7 +273,7 @@ class PrefixPlusConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
             if value is not None and value > LARGEST:
                 raise ValueError(f"`{name}` must be at most {LARGEST}, got a larger number.")
-        for name, allowed in (("reparameterization", REPARAMETERIZATIONS), ("sharing", SHARINGS)):
+        for name, allowed in (("reparameterization", ENCODERS), ("sharing", SHARINGS)):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
@@ -303,7 +316,7 @@ class PrefixPlusConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a string: a regular expression names "
                 "the layers itself. Give `target_modules` as a list of suffixes, or put the layers into the pattern."
             )
-        if self.encoder_hidden_size is not None and self.reparameterization != "mlp":
+        if self.encoder_hidden_size is not None and not ENCODERS[self.reparameterization].has_hidden_layer:
             raise ValueError(
                 f"`encoder_hidden_size` is {self.encoder_hidden_size}, but `reparameterization` is "
                 f"{self.reparameterization!r} and has no hidden layer. Use reparameterization='mlp' or leave it None."

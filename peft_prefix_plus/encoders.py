@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -86,17 +86,47 @@ class Scaling(nn.Module):
         return self.values + (self.factors[1:] - self.factors[1:].detach()) * 0.0
 
 
+ENCODERS: dict[str, type[PrefixEncoder]] = {}
+"""The classes of encoders by the name that `reparameterization` has in a configuration."""
+
+
 class PrefixEncoder(nn.Module):
     """
     What produces the prefix of one attention module:
 
         P_K = scaling[0] · E_K            P_V = scaling[1] · E_V
 
-    where (E_K, E_V) are what `produce` makes of the parameters.
+    where (E_K, E_V) are what `produce` makes of the parameters. A subclass is a reparameterization, once it has a name:
+
+        class MyEncoder(PrefixEncoder, reparameterization="mine"): ...
 
     Args:
         shape (`KVShape`): The shape of the attention module's keys and values.
+
+    Attributes:
+        shares_parts (`bool`): Whether the field `sharing` means something to it.
+        has_hidden_layer (`bool`): Whether the field `encoder_hidden_size` does.
     """
+
+    shares_parts = False
+    has_hidden_layer = False
+
+    def __init_subclass__(cls, reparameterization: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if reparameterization is not None:
+            ENCODERS[reparameterization] = cls
+
+    @classmethod
+    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
+        """
+        Return the encoder of one attention module, its parameters not yet filled.
+
+        Args:
+            config (`PrefixPlusConfig`): The adapter's configuration.
+            shape (`KVShape`): The shape of the attention module's keys and values.
+            shared_parts (`nn.ModuleDict`): The parts that the adapter's layers share; added to.
+        """
+        raise NotImplementedError
 
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
@@ -121,6 +151,18 @@ class PrefixEncoder(nn.Module):
     def own_parts(self) -> list[nn.Module]:
         """This encoder, and the shared parts that no earlier layer uses."""
         return [self]
+
+    def shared_parts_made(self) -> list[str]:
+        """The names of the shared parts that no earlier layer uses."""
+        return []
+
+    def take_over(self, parts: Collection[str]) -> None:
+        """Count those of the shared parts that are used here as made here: the layer that made them is to go."""
+
+    def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that the prefix depends on, each as one of the `"keys"`, the `"values"` or a `"projection"`."""
+        for part in self.parts():
+            yield from (("projection", parameter) for parameter in part.parameters())
 
     def is_empty(self) -> bool:
         """Whether the parameters have no memory yet, but wait for a checkpoint's."""
@@ -157,7 +199,7 @@ class PrefixEncoder(nn.Module):
         return key * scaling[0], value * scaling[1]
 
 
-class DirectEncoder(PrefixEncoder):
+class DirectEncoder(PrefixEncoder, reparameterization="none"):
     """
     `reparameterization="none"`: E_K and E_V are the parameters.
 
@@ -172,6 +214,10 @@ class DirectEncoder(PrefixEncoder):
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
     @classmethod
+    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> DirectEncoder:
+        return cls(config.num_virtual_tokens, shape)
+
+    @classmethod
     def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
         """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), unscaled."""
         encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2])).to(key.device, key.dtype)
@@ -180,6 +226,10 @@ class DirectEncoder(PrefixEncoder):
 
     def parts(self) -> list[nn.Module]:
         return [self]
+
+    def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield "keys", self.key
+        yield "values", self.value
 
     @torch.no_grad()
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
@@ -215,10 +265,10 @@ class VirtualTokens(nn.Module):
 
 class ProjectedEncoder(PrefixEncoder):
     """
-    `reparameterization="linear"` or `"mlp"`: E_K and E_V are a projection of the learned input P', and each layer has a
-    learned offset o of its own on the keys of all tokens.
+    A reparameterization whose E_K and E_V are a linear map W of features, which a subclass makes of the learned input P'. Each
+    layer has a learned offset o of its own on the keys of all tokens.
 
-        linear:  [E_K - o; E_V] = P' W_up            mlp:  [E_K - o; E_V] = W_2 act(W_1 P' + b_1) + b_2
+        [E_K - o; E_V] = W features(P')
 
     The offset is where keys are that the layer's queries pass over, whatever the layers share: a prefix starts there.
 
@@ -226,43 +276,40 @@ class ProjectedEncoder(PrefixEncoder):
     every parameter has one name, and a model that is sharded layer by layer keeps them whole while any layer runs.
 
     Args:
-        num_virtual_tokens (`int`): The length of the prefix.
+        config (`PrefixPlusConfig`): The adapter's configuration.
         shape (`KVShape`): The shape of the attention module's keys and values.
-        encoder_dim (`int`): k, the width of P'.
-        hidden_size (`int`, *optional*): The hidden width of the MLP; `None` for the linear reparameterization.
-        activation (`str`): The MLP's activation.
-        sharing (`str`): What the layers share.
         shared_parts (`nn.ModuleDict`): The parts that encoders of the same adapter have made and share; added to.
     """
 
-    def __init__(
-        self,
-        num_virtual_tokens: int,
-        shape: KVShape,
-        encoder_dim: int,
-        hidden_size: int | None,
-        activation: str,
-        sharing: str,
-        shared_parts: nn.ModuleDict,
-    ) -> None:
+    shares_parts = True
+
+    @classmethod
+    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> ProjectedEncoder:
+        return cls(config, shape, shared_parts)
+
+    def builders(self, config: PrefixPlusConfig) -> dict[str, Callable[[], nn.Module]]:
+        """What makes the parts, in this order: `virtual_tokens`, `hidden` if there is one, and `output`, which is W."""
+        raise NotImplementedError
+
+    def features(self) -> torch.Tensor:
+        """Return what the output projection reads, (tokens, width)."""
+        raise NotImplementedError
+
+    def norm_of_features(self, width: int) -> float:
+        """The norm that a row of the features has at the start, on average."""
+        raise NotImplementedError
+
+    def __init__(self, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> None:
         super().__init__(shape)
-        self.activation = ACT2FN[activation] if hidden_size is not None else None
         # What is shared is looked up at each use: wrappers (FSDP's, of checkpointing) take a module's place in its parent.
         self._shared_parts = (shared_parts,)  # in a tuple: it must not become a child of each layer
         self._shared: dict[str, str] = {}  # the names there
         self._made: list[str] = []  # of those, the ones that were not there before
-        width = encoder_dim if hidden_size is None else hidden_size
-        builders = {
-            "virtual_tokens": lambda: VirtualTokens(num_virtual_tokens, encoder_dim),
-            "hidden": lambda: nn.Linear(encoder_dim, width),
-            "output": lambda: nn.Linear(width, shape.size, bias=hidden_size is not None),
-        }
-        if hidden_size is None:
-            del builders["hidden"]
         self.key_offset = nn.Parameter(torch.zeros(shape.num_heads, shape.key_dim))
-        network_is_shared = "output" in SHARED_PARTS[sharing]
-        for name, build in builders.items():
-            if name not in SHARED_PARTS[sharing]:
+        shared = SHARED_PARTS[config.sharing]
+        network_is_shared = "output" in shared
+        for name, build in self.builders(config).items():
+            if name not in shared:
                 self.add_module(name, build())
                 continue
             # A projection network fits one shape; P', and a hidden layer shared without its output, fit all.
@@ -285,11 +332,9 @@ class ProjectedEncoder(PrefixEncoder):
         return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
 
     def take_over(self, parts: Collection[str]) -> None:
-        """Count those of the shared parts as made here: the layer that made them is to go."""
         self._made += [name for name, key in self._shared.items() if key in parts and name not in self._made]
 
     def shared_parts_made(self) -> list[str]:
-        """The names of the shared parts that no earlier layer uses."""
         return [self._shared[name] for name in self._made]
 
     @torch.no_grad()
@@ -304,7 +349,7 @@ class ProjectedEncoder(PrefixEncoder):
                 if name == "hidden":
                     part.weight.normal_(std=part.in_features**-0.5)
                 else:
-                    norm = self._norm_of_features(part.in_features)
+                    norm = self.norm_of_features(part.in_features)
                     keys, values = self.shape.split_columns(part.weight.T)
                     keys.normal_().unflatten(-1, self.key_offset.shape).mul_(
                         _per_head(key_std, self.key_offset) / norm
@@ -327,44 +372,63 @@ class ProjectedEncoder(PrefixEncoder):
     def shift_keys(self, offset: torch.Tensor) -> None:
         self.key_offset.add_(offset.to(self.key_offset))
 
-    def _norm_of_features(self, width: int) -> float:
-        """The norm that what the output projection reads has at the start, on average."""
-        if self.activation is None:
-            return 1.0
-        hidden = self.activation(torch.randn(256, width, device="cpu") * self.part("hidden").in_features ** -0.5)  # type: ignore[operator]
-        return float(hidden.norm(dim=-1).square().mean().sqrt()) or 1.0
-
-    def features(self) -> torch.Tensor:
-        """Return what the output projection reads, (tokens, width): P', or the MLP's hidden units."""
-        produced = self.part("virtual_tokens")()
-        return produced if self.activation is None else self.activation(_apply(self.part("hidden"), produced))
-
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self.shape.split(_apply(self.part("output"), self.features()))
         return key + self.key_offset.to(key.device)[:, None], value
 
 
-def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
+class LinearEncoder(ProjectedEncoder, reparameterization="linear"):
     """
-    Return the encoder of one attention module, its parameters not yet filled.
+    `reparameterization="linear"`: the features are the learned input P' itself.
 
-    Args:
-        config (`PrefixPlusConfig`): The adapter's configuration.
-        shape (`KVShape`): The shape of the attention module's keys and values.
-        shared_parts (`nn.ModuleDict`): The parts that the adapter's layers share; added to.
+        [E_K - o; E_V] = P' W_up
     """
-    if config.reparameterization == "none":
-        return DirectEncoder(config.num_virtual_tokens, shape)
-    has_hidden_layer = config.reparameterization == "mlp"
-    return ProjectedEncoder(
-        config.num_virtual_tokens,
-        shape,
-        config.encoder_dim,
-        (config.encoder_hidden_size or config.encoder_dim) if has_hidden_layer else None,
-        config.encoder_activation,
-        config.sharing,
-        shared_parts,
-    )
+
+    def builders(self, config: PrefixPlusConfig) -> dict[str, Callable[[], nn.Module]]:
+        return {
+            "virtual_tokens": lambda: VirtualTokens(config.num_virtual_tokens, config.encoder_dim),
+            "output": lambda: nn.Linear(config.encoder_dim, self.shape.size, bias=False),
+        }
+
+    def features(self) -> torch.Tensor:
+        produced: torch.Tensor = self.part("virtual_tokens")()
+        return produced
+
+    def norm_of_features(self, width: int) -> float:
+        return 1.0
+
+
+class MLPEncoder(ProjectedEncoder, reparameterization="mlp"):
+    """
+    `reparameterization="mlp"`: the features are the units of a hidden layer.
+
+        [E_K - o; E_V] = W_2 act(W_1 P' + b_1) + b_2
+    """
+
+    has_hidden_layer = True
+
+    def builders(self, config: PrefixPlusConfig) -> dict[str, Callable[[], nn.Module]]:
+        self.activation = ACT2FN[config.encoder_activation]
+        width = config.encoder_hidden_size or config.encoder_dim
+        return {
+            "virtual_tokens": lambda: VirtualTokens(config.num_virtual_tokens, config.encoder_dim),
+            "hidden": lambda: nn.Linear(config.encoder_dim, width),
+            "output": lambda: nn.Linear(width, self.shape.size),
+        }
+
+    def features(self) -> torch.Tensor:
+        hidden: torch.Tensor = self.activation(_apply(self.part("hidden"), self.part("virtual_tokens")()))
+        return hidden
+
+    def norm_of_features(self, width: int) -> float:
+        hidden: Any = self.part("hidden")
+        units = self.activation(torch.randn(256, width, device="cpu") * hidden.in_features**-0.5)
+        return float(units.norm(dim=-1).square().mean().sqrt()) or 1.0
+
+
+def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
+    """Return what [`PrefixEncoder.from_config`] of the reparameterization's class does."""
+    return ENCODERS[config.reparameterization].from_config(config, shape, shared_parts)
 
 
 def _per_head(std: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:

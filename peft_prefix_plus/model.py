@@ -23,7 +23,7 @@ from .adapters.shared import PrefixPlusModule, remove_shared_parts, shared_parts
 from .adapters.snapshot import Snapshot
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
-from .encoders import SHARED_PARTS
+from .encoders import ENCODERS, SHARED_PARTS
 from .layer import PrefixPlusLayer, attach, detach
 from .probing.modules import calls_attention_interface
 from .probing.targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
@@ -186,6 +186,12 @@ class PrefixPlusModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `target_modules=None` stays None, so that a saved adapter finds its modules by itself
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # the model has no token embeddings: a detector that ties its heads, for instance
+            return []
+
     def _check_target_module_exists(self, peft_config: PrefixPlusConfig, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         selection = self._selection or select_modules(self.model, peft_config)
         return _ExcludedModule() if key in selection.excluded else key in selection.modules
@@ -203,7 +209,7 @@ class PrefixPlusModel(BaseTuner):
         assert self._selection is not None
         geometry = self._selection.modules[current_key]
         # made only now: PEFT takes a model that has a tuner layer at the start for one that it has frozen already
-        shares = peft_config.reparameterization != "none" and bool(SHARED_PARTS[peft_config.sharing])
+        shares = ENCODERS[peft_config.reparameterization].shares_parts and bool(SHARED_PARTS[peft_config.sharing])
         shared = shared_parts(self.model, adapter_name) if shares else nn.ModuleDict({})
         attach(target, self.peft_config).update_layer(adapter_name, peft_config, geometry, shared)
 

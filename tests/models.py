@@ -222,9 +222,14 @@ def tiny_model(
     return model.eval()
 
 
+def joint_config(**fields: Any) -> PrefixPlusConfig:
+    """A configuration of the joint form, unless the fields name another."""
+    return PrefixPlusConfig(**{"decoupled": False, **fields})
+
+
 def prefix_config(**fields: Any) -> PrefixPlusConfig:
     """A configuration of a short prefix that visibly changes the output."""
-    return PrefixPlusConfig(**{"num_virtual_tokens": 3, "encoder_dim": 5, "init_weights": False, **fields})
+    return joint_config(**{"num_virtual_tokens": 3, "encoder_dim": 5, "init_weights": False, **fields})
 
 
 def prefixed(model: nn.Module, **fields: Any) -> PeftModel:

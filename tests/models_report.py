@@ -1,4 +1,4 @@
-"""Test every architecture of tests/test_models.py and write what came out to docs/models.md."""
+"""Test every architecture that tests/tiny_models.py and tests/beyond_text.py name, and write what came out to docs/models.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import beyond_text
 import pytest
 import torch
 import transformers
@@ -54,6 +55,22 @@ Here `position_free=None` comes to `False` ([why](method.md#positions)): the rot
 |---|---|
 """
 
+BEYOND_TEXT = """
+{title}
+
+Architectures of the auto mappings for sound, images, video, time series and text with any of them, which the mappings above do not
+have. Each is built tiny from its config class and tested in the same way, but for generation, on one row: the adapter changes
+the output, disabled and unloaded it is the base model bit for bit, a gradient from all that the model returns reaches every
+adapter parameter, and the adapter is loaded as it was saved. Those marked * are not run by the tests: their adapter is added,
+saved and loaded.
+
+| | tested | pass | refused |
+|---|---|---|---|
+{summary}
+"""
+
+BEYOND_TEXT_TITLE = "## Beyond text"
+
 PARTIAL = """
 ## Attention that stays without a prefix
 
@@ -71,15 +88,18 @@ def main() -> int:
         path = Path(folder) / "report.jsonl"
         os.environ["MODELS_REPORT"] = str(path)
         options = ["-m", "not soak", "-n", "auto", "-p", "no:warnings", "--tb=short", *sys.argv[1:]]
-        status = int(pytest.main([str(TESTS / "probing" / "test_models.py"), "-k", "an_architecture", *options]))
+        files = [str(TESTS / "probing" / name) for name in ("test_models.py", "test_beyond_text.py")]
+        status = int(pytest.main([*files, "-k", "an_architecture", *options]))
         results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if status == 0:
-        PAGE.write_text(page(results), encoding="utf-8")
+        of_text = [result for result in results if result["case"][0] in TITLES]
+        others = [result for result in results if result["case"][0] not in TITLES]
+        PAGE.write_text(page(of_text) + beyond_text_section(others), encoding="utf-8")
     return status
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """The page docs/models.md."""
+    """The page docs/models.md, as far as it is about text."""
     order = {(case.task_type, case.class_name): index for index, case in enumerate(cases())}
     results = sorted(results, key=lambda result: order[result["case"][0], result["case"][2]])
     summary = []
@@ -102,6 +122,23 @@ def page(results: list[dict[str, Any]]) -> str:
         ]
         text += f"\n## {title} that pass\n\n{code_list(sorted(passed, key=str.lower))}\n"
     return text
+
+
+def beyond_text_section(results: list[dict[str, Any]]) -> str:
+    """What came out for models whose first input is no text, or more than text."""
+    of_class = {result["case"][2]: result for result in results}
+    summary, passed = [], ""
+    for group, group_cases in beyond_text.cases().items():
+        tested = [of_class[case.class_name] for case in group_cases if case.class_name in of_class]
+        good = [result for result in tested if result["outcome"] == "passed"]
+        summary.append(f"| {group} | {len(tested)} | {len(good)} | {len(tested) - len(good)} |")
+        names = [f"`{result['case'][2]}`{'' if result['detail']['is_run'] else '*'}" for result in good]
+        passed += f"\n### {group} that pass\n\n{', '.join(sorted(names, key=str.lower))}\n"
+    text = BEYOND_TEXT.format(title=BEYOND_TEXT_TITLE, summary="\n".join(summary))
+    text += refused_section(results).replace("\n## Refused", "\n### Refused beyond text")
+    rows = "\n".join(f"| `{name}` | {reason} |" for name, reason in sorted(beyond_text.UNBUILDABLE.items()))
+    text += f"\n### Not tested beyond text\n\n| Model | because it |\n|---|---|\n{rows}\n"
+    return text + passed
 
 
 def refused_section(results: list[dict[str, Any]]) -> str:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import GATE_SCALE
+from models import GATE_SCALE, joint_config
 from peft import PeftModel, get_peft_model
 from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from peft_prefix_plus import PrefixPlusConfig
 
 
 PROCESSES = 2
@@ -59,11 +57,11 @@ def adapted(case: Case, base: Any = None) -> Any:
     fields: dict[str, Any] = dict(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_dim=4, prefix_scaling=2.0)
     fields["layers_to_transform"] = None if case.layers is None else list(case.layers)
     configs = {
-        f"{name}_{sharing}": PrefixPlusConfig(reparameterization=name, sharing=sharing, **fields)
+        f"{name}_{sharing}": joint_config(reparameterization=name, sharing=sharing, **fields)
         for name, sharing in ADAPTERS
     }
     if case.gating:
-        configs["gated"] = PrefixPlusConfig(gating=True, **fields)
+        configs["gated"] = joint_config(gating=True, **fields)
     names = list(configs)
     model = get_peft_model(model, configs[names[0]], adapter_name=names[0])
     for name in names[1:]:

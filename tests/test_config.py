@@ -65,7 +65,7 @@ WRONG_TYPES = [
     ("encoder_prefix", 1, "True or False"),
     ("cross_prefix", None, "True or False"),
     ("gating", "yes", "True or False"),
-    ("decoupled", 1, "True or False"),
+    ("decoupled", 1, "True, False or None"),
     ("layers_to_transform", "all", "list of ints"),
     ("layers_to_transform", [0, "1"], "list of ints"),
     ("layers_to_transform", 1.0, "list of ints"),
@@ -184,7 +184,7 @@ def test_the_defaults_are_those_of_the_design():
         "cross_prefix": True,
         "prefix_scaling": None,
         "gating": False,
-        "decoupled": False,
+        "decoupled": None,
         "position_free": None,
         "init_weights": True,
         "modules_to_save": None,
@@ -192,6 +192,17 @@ def test_the_defaults_are_those_of_the_design():
     assert all(
         field.metadata.get("help") for field in dataclasses.fields(PrefixPlusConfig) if field.name not in inherited
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "decoupled"),
+    [({}, True), ({"gating": True}, False), ({"init_weights": "zero"}, False), ({"decoupled": False}, False)],
+)
+def test_the_form_is_decoupled_unless_another_is_asked_for(fields, decoupled, tmp_path):
+    config = PrefixPlusConfig(**fields)
+    assert config.decoupled is decoupled
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["decoupled"] is decoupled
 
 
 FULL = {

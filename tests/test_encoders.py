@@ -12,6 +12,7 @@ from models import (
     DECODER_SIZES,
     SCALING_SIZE,
     adapter_parameters,
+    joint_config,
     output_of,
     prefix_layers,
     prefixed,
@@ -22,8 +23,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
-
-from peft_prefix_plus import PrefixPlusConfig
 
 
 # Of the tiny Llama: two key/value heads of eight numbers, each with a key and a value.
@@ -100,7 +99,7 @@ def test_the_numbers_of_parameters_on_llama_2_7b(fields, expected):
             )
         )
 
-    model = get_peft_model(model, PrefixPlusConfig(num_virtual_tokens=20, **fields))
+    model = get_peft_model(model, joint_config(num_virtual_tokens=20, **fields))
 
     expected += 32 * SCALING_SIZE
     assert model.get_nb_trainable_parameters() == (expected, 6_738_415_616 + expected)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import GATE_SCALE, SCALING_SIZE
+from models import GATE_SCALE, SCALING_SIZE, joint_config
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from peft_prefix_plus import PrefixPlusConfig, flatten, initialize_from_key_values, prefix_key_values
+from peft_prefix_plus import flatten, initialize_from_key_values, prefix_key_values
 
 
 VOCABULARY = 64
@@ -122,7 +122,7 @@ def test_output_is_the_formula(formula, name, reparameterization, sharing):
     model = build(name)
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("formula")
-    config = PrefixPlusConfig(
+    config = joint_config(
         num_virtual_tokens=5,
         position_free=False,
         reparameterization=reparameterization,
@@ -177,9 +177,7 @@ def same_prefix(request):
     base = make().eval()
     length = 6
     theirs = get_peft_model(copy.deepcopy(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length))
-    ours = get_peft_model(
-        base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, position_free=False)
-    )
+    ours = get_peft_model(base, joint_config(task_type="CAUSAL_LM", num_virtual_tokens=length, position_free=False))
     prompt = theirs.get_prompt(batch_size=1)
     theta = base.config.rope_parameters["rope_theta"]
     key_values = [(rotated_back(layer.keys[0], rotary_dim, theta, length), layer.values[0]) for layer in prompt.layers]
@@ -209,7 +207,7 @@ def test_logits_and_greedy_generations_equal_prefix_tunings(same_prefix, impleme
 @pytest.mark.parametrize("kind", [{}, {"gating": True}, {"decoupled": True}], ids=str)
 def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization, sharing, kind):
     base = build("llama, grouped heads")
-    config = PrefixPlusConfig(
+    config = joint_config(
         reparameterization=reparameterization,
         sharing=sharing,
         encoder_dim=6,
@@ -232,7 +230,7 @@ def test_a_flattened_adapter_gives_the_same_logits(tmp_path, reparameterization,
 
 
 def test_prefix_key_values_names_the_adapters_there_are():
-    model = get_peft_model(build("gpt2"), PrefixPlusConfig())
+    model = get_peft_model(build("gpt2"), joint_config())
     for function in (prefix_key_values, flatten):
         with pytest.raises(ValueError, match=r"named 'other'.*\['default'\]"):
             function(model, "other")
@@ -243,7 +241,7 @@ def test_a_gated_prefix_adds_its_own_attention(formula):
     reference = copy.deepcopy(model)
     base = logits(model, batch("left"))
     model = get_peft_model(
-        model, PrefixPlusConfig(gating=True, position_free=False, num_virtual_tokens=5, layers_to_transform=1)
+        model, joint_config(gating=True, position_free=False, num_virtual_tokens=5, layers_to_transform=1)
     ).eval()
     assert torch.equal(logits(model, batch("left")), base)
 

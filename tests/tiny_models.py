@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from tower_sizes import TOWER_SIZES
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -58,9 +59,21 @@ RULES: list[tuple[str, Any]] = [
     (r"max_source_positions|sliding_window(_size)?|local_attention|.*attention_chunk_size", 8),
     (r"num_mel_bins|mamba_d_state|state_size|ssm_state_size|mamba_chunk_size|chunk_size", 8),
     (r"initializer_range|init_std", 0.1),
-    (r".*(dropout|layerdrop|pdrop)(_prob|_rate)?|.*_dropout_p(rob)?", 0.0),
+    (r".*(dropout|layerdrop|pdrop|drop_path)(_prob|_rate)?|.*_dropout_p(rob)?", 0.0),
+    (r"(.*_)?(image_size|img_size)", 32),
+    (r"patch_size", 8),
+    (r"num_queries|num_object_queries|num_image_tokens|num_conv_pos_embeddings", 4),
+    (r"num_conv_pos_embedding_groups", 2),
+    (r"(num_)?frames(_per_clip)?", 2),
 ]
 """Values by a pattern of the field's name; the first that matches counts. A field whose default is None stays None…"""
+
+LIST_RULES: list[tuple[str, Any]] = [
+    (r"(.*_)?(depths|num_blocks|layers|num_layers)", 1),
+    (r"(.*_)?(num_attention_heads|num_heads)", 2),
+    (r"(.*_)?(hidden_sizes|conv_dim|tdnn_dim|embed_dims?)", 16),
+]
+"""The value of every entry of a list, by a pattern of the field's name."""
 
 ALWAYS_SET = ("pad_token_id", "bos_token_id", "head_dim", "num_key_value_heads")
 """… but for these."""
@@ -83,7 +96,7 @@ def tiny_values(config_class: type[PreTrainedConfig], **given: Any) -> dict[str,
         if re.fullmatch(r".*token_(id|index)", field.name) and isinstance(default, int):
             values[field.name] = special_token
             special_token += 1
-        sub_config = _sub_config(config_class, field.name)
+        sub_config = _sub_config(config_class, field.name, given.get(field.name))
         if sub_config is not None:
             values[field.name] = {
                 "model_type": sub_config.model_type,
@@ -94,7 +107,11 @@ def tiny_values(config_class: type[PreTrainedConfig], **given: Any) -> dict[str,
         if is_number or field.name in ALWAYS_SET:
             rule = next((value for pattern, value in RULES if re.fullmatch(pattern, field.name)), ...)
             if rule is not ...:
-                values[field.name] = rule
+                values[field.name] = float(rule) if isinstance(default, float) and rule is not None else rule
+        if isinstance(default, (list, tuple)) and all(isinstance(entry, int) for entry in default):
+            rule = next((value for pattern, value in LIST_RULES if re.fullmatch(pattern, field.name)), ...)
+            if rule is not ...:
+                values[field.name] = [rule] * len(default)
     if "kv_lora_rank" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no grouped heads
     values.update(_layer_kinds(config_class))
@@ -102,9 +119,11 @@ def tiny_values(config_class: type[PreTrainedConfig], **given: Any) -> dict[str,
     return values
 
 
-def _sub_config(config_class: type[PreTrainedConfig], name: str) -> type[PreTrainedConfig] | None:
-    """The class of a config inside a config, or `None`; where any class may stand, that of the default."""
+def _sub_config(config_class: type[PreTrainedConfig], name: str, given: Any) -> type[PreTrainedConfig] | None:
+    """The class of a config inside a config, or `None`; where any class may stand, the one given, or else that of the default."""
     declared = (config_class.sub_configs or {}).get(name)
+    if isinstance(given, dict) and "model_type" in given:
+        declared = CONFIG_MAPPING[given["model_type"]]
     if declared is AutoConfig:
         declared = type(getattr(config_class(), name, None))
     is_config = isinstance(declared, type) and issubclass(declared, PreTrainedConfig)
@@ -130,6 +149,7 @@ def _layer_kinds(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    **TOWER_SIZES,
     # what the published models have and the default config has not
     "DebertaConfig": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2Config": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},

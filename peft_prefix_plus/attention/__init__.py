@@ -1,4 +1,4 @@
-"""Attention with a prefix. Nothing in here knows of PEFT."""
+"""Attention with a prefix. Nothing in here knows of PEFT. May import nothing of the package."""
 
 from .call import AttentionOutput
 from .config_view import ConfigView, model_config, reads_implementation, set_config

@@ -18,7 +18,7 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
 
         with a gate:  tanh(gate) · softmax(s · Q P_Kᵀ) P_V          decoupled:  silu(cap(s · Q P_Kᵀ)) P_V
 
-    See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and Prefix-Tuning+ (arXiv 2506.13674), which takes the prefix out of
+    See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and PrefixMemory-Tuning (arXiv 2506.13674), which takes the prefix out of
     the softmax as well. Without a softmax a score has no bound: cap(x) = c · tanh(x / c), with c = [`DECOUPLED_CAP`], keeps the
     queries of a sink, or of one outlying dim, from growing what is added without end.
 

@@ -71,12 +71,20 @@ def attend_as_base(
 
 
 def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction:
-    """Return the eager attention function that a class of attention modules falls back on: one of its own file."""
+    """
+    Return the eager attention function that a class of attention modules falls back on: one of its own file.
+
+    A few have none, and run by the functions that transformers registers only; theirs raises a `ValueError`.
+    """
     forward = inspect.unwrap(module_class.forward)
     for name in forward.__code__.co_names:
         if name.endswith("eager_attention_forward"):
             return forward.__globals__[name]
-    raise ValueError(f"{module_class.__name__}.forward names no eager attention function of its own module.")
+    return partial(_no_eager_attention, module_class.__name__)
+
+
+def _no_eager_attention(name: str, *args: Any, **kwargs: Any) -> AttentionOutput:
+    raise ValueError(f'{name} has no eager attention. Load the model with attn_implementation="sdpa".')
 
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)

@@ -64,7 +64,8 @@ def fused_attention(
     inputs = (query, key, value, prefix.key, prefix.value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, prefix_query)):
         own_query = None if prefix_query is query else prefix_query
-        output = _FusedAttention.apply(*inputs, own_query, _Call(kernel, mask, is_causal, scale, prefix.mask))
+        call = _Call(kernel, mask, is_causal, scale, prefix.mask)
+        output = _FusedAttention.apply(*inputs, own_query, call)  # type: ignore[no-untyped-call]
     else:
         output = _infer(kernel, query, key, value, mask, is_causal, scale, prefix, prefix_query)
     return output.transpose(1, 2).contiguous()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import (
+from torch.overrides import (  # type: ignore[attr-defined]
     TorchFunctionMode,
     _get_current_function_mode,
     _len_torch_function_stack,
@@ -224,6 +224,7 @@ class InlineAttention(TorchFunctionMode):
     ) -> torch.Tensor:
         """Say what the result of an operation on scores or probabilities is, if it still is such."""
         state = self._followed[id(source)][1]
+        has_their_keys = result.shape[-1:] == source.shape[-1:]  # a maximum over all of them has no dims
         if result is source:
             del self._followed[id(source)]
         if isinstance(state, Probabilities):
@@ -232,9 +233,9 @@ class InlineAttention(TorchFunctionMode):
                     # with the same scaling, and a choice of its own, as each probability has
                     state = replace(state, of_prefix=func(state.of_prefix, *args[1:], **kwargs))
                 self._remember(result, state)
-            elif name in PROBABILITY_KEEPING and result.shape[-1] == source.shape[-1]:
+            elif name in PROBABILITY_KEEPING and has_their_keys:
                 self._remember(result, state)
-        elif result.shape[-1] == source.shape[-1] and result.numel() == source.numel():
+        elif has_their_keys and result.numel() == source.numel():
             factor = _scalar_factor(name, args)
             if factor is not None:
                 self._remember(result, replace(state, scale=state.scale * factor))

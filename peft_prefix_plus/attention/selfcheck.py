@@ -76,7 +76,7 @@ _verdicts: dict[tuple[Any, ...], bool] = {}
 _trying = threading.Lock()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_proven(kernel: type[AttentionKernel], device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether a kernel may be used on a device for heads of a dtype and width: tried at the first question, known ever after."""
     verdict = _verdicts.get((kernel, device, dtype, head_dim))

@@ -1,4 +1,7 @@
-"""The app: its commands, with the options that their settings have."""
+"""
+The app: its commands, with the options that their settings have. `peft_prefix_plus_cli.COMMANDS` has the first line of each for the
+help of `prefix-plus`, which answers without this module.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,7 @@ from .demo import DemoSettings, run_demo
 from .options import command
 
 
-app = typer.Typer(
-    help="Prefix tuning for PEFT.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer()
 
 
 @command(app, {"Training": training.TrainingSettings, "Prefix": PrefixPlusConfig}, inherited=[PeftConfig])

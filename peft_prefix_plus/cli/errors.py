@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft_prefix_plus_cli import CommandError
 
-class CommandError(Exception):
-    """An error that the user can mend: what was found, what was expected, what to do."""
+
+__all__ = ["LARGEST", "PLAIN", "CommandError", "check_numbers", "check_positive", "shown_as_command_error"]
 
 
 PLAIN = (OSError, ValueError, TypeError, ImportError)
@@ -22,7 +23,7 @@ def shown_as_command_error(*kinds: type[Exception], while_doing: str = "") -> It
     Turn exceptions of these kinds into a [`CommandError`].
 
     Args:
-        kinds: The classes of exceptions that the user, not the program, is to mend where this is used.
+        kinds: The classes of exceptions that the user, not the program, is to fix where this is used.
         while_doing (`str`): What to put before the message, for instance "Cannot load the model".
     """
     try:

@@ -96,12 +96,15 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
 
 
 def _alternatives(annotation: Any) -> set[Any]:
-    """Return the types that an annotation allows, without `None`."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return {kind for kind in (typing.get_args(annotation) if is_union else [annotation]) if kind is not type(None)}
+    """Return the types that an annotation allows, without `None`, and the values that stand in a `Literal`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return set().union(*map(_alternatives, typing.get_args(annotation))) - {type(None)}
+    return set(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else {annotation}
 
 
 def _describe(kind: Any) -> str:
+    if isinstance(kind, str):
+        return kind
     (item,) = typing.get_args(kind) or (None,)
     return f"{item.__name__},…" if item is not None else str(kind.__name__)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from ..config import REPARAMETERIZATIONS, SHARINGS, PrefixPlusConfig
+from ..config import SHARINGS, PrefixPlusConfig
+from ..encoders import ENCODERS
 from .errors import shown_as_command_error
 from .loading import model_on_meta_device
 
@@ -79,15 +80,16 @@ def markdown_lines(counts: list[Count]) -> Iterator[str]:
 def count_all(settings: CountingSettings) -> Iterator[Count]:
     """Wrap the model with every combination of reparameterization and sharing, and yield what it then trains."""
     model = model_on_meta_device(settings.model)
-    for reparameterization in REPARAMETERIZATIONS:
-        for sharing in ("none",) if reparameterization == "none" else SHARINGS:
+    reparameterization: Any  # one that another package has registered is no name that the types know
+    for reparameterization, encoder in ENCODERS.items():
+        for sharing in SHARINGS if encoder.shares_parts else SHARINGS[:1]:
             with shown_as_command_error(ValueError, TypeError):
                 config = PrefixPlusConfig(
                     task_type="CAUSAL_LM",
                     num_virtual_tokens=settings.num_virtual_tokens,
                     reparameterization=reparameterization,
                     encoder_dim=settings.encoder_dim,
-                    encoder_hidden_size=settings.encoder_hidden_size if reparameterization == "mlp" else None,
+                    encoder_hidden_size=settings.encoder_hidden_size if encoder.has_hidden_layer else None,
                     layers_to_transform=settings.layers_to_transform,
                     sharing=sharing,
                     prefix_scaling=1.0,  # without weights there is nothing to measure,
@@ -95,5 +97,5 @@ def count_all(settings: CountingSettings) -> Iterator[Count]:
                 )
                 adapted = get_peft_model(model, config)
             trainable, total = adapted.get_nb_trainable_parameters()
-            yield Count(reparameterization, "" if reparameterization == "none" else sharing, trainable, total)
+            yield Count(reparameterization, sharing if encoder.shares_parts else "", trainable, total)
             model = adapted.unload()

@@ -280,6 +280,7 @@ def _plus_config(base: Any, source: Any, prefixed: list[str]) -> PrefixPlusConfi
         base_model_name_or_path=source.base_model_name_or_path,
         revision=source.revision,
         modules_to_save=getattr(source, "modules_to_save", None),
+        decoupled=False,
         position_free=False,
     )
     if list(select_modules(base, config).modules) != prefixed:

@@ -57,7 +57,7 @@ def prefix_attention_mass(model: nn.Module, adapter_name: str | None = None, **i
 
     >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-    >>> model = get_peft_model(model, PrefixPlusConfig(num_virtual_tokens=10))
+    >>> model = get_peft_model(model, PrefixPlusConfig(num_virtual_tokens=10, decoupled=False))
     >>> masses = prefix_attention_mass(model, input_ids=torch.tensor([[5, 6, 7]]))
     >>> {name: tuple(mass.shape) for name, mass in masses.items()}
     {'model.layers.0.self_attn': (4,), 'model.layers.1.self_attn': (4,)}

@@ -13,7 +13,6 @@ from torch import nn
 from ..adapters.lookup import base_of, layers_with_adapter
 from ..adapters.shared import shared_parts
 from ..config import PrefixPlusConfig
-from ..encoders import ProjectedEncoder
 from ..layer import PrefixPlusLayer, detach
 from ..probing.recording import evaluating
 from ..probing.targets import layer_of, restrict_to_layers, select_modules
@@ -187,9 +186,7 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
     gone = [layer for name, layer in found.items() if name not in kept]
     orphans: set[str] = set()
     for layer in gone:
-        encoder = layer.encoder(adapter_name)
-        if isinstance(encoder, ProjectedEncoder):
-            orphans.update(encoder.shared_parts_made())
+        orphans.update(layer.encoder(adapter_name).shared_parts_made())
         for parameter in layer.adapter_parameters(adapter_name):
             parameter.grad = None
         layer.remove_adapter(adapter_name)
@@ -197,9 +194,8 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
             detach(layer.attention)
     for name in kept:
         encoder = found[name].encoder(adapter_name)
-        if isinstance(encoder, ProjectedEncoder):
-            encoder.take_over(orphans)
-            orphans.difference_update(encoder.shared_parts_made())
+        encoder.take_over(orphans)
+        orphans.difference_update(encoder.shared_parts_made())
     for name in orphans:  # of a shape that no layer has any more
         del shared_parts(base, adapter_name)[name]
     configs[adapter_name] = pruned

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..encoders import KVShape
+from .examples import given_inputs
 from .geometry import AttentionGeometry
-from .inputs import TEXT_INPUTS, given_inputs, lone_inputs, positions_before, probe_inputs
+from .inputs import TEXT_INPUTS, positions_before, probe_inputs
+from .lone import lone_inputs
 from .modules import attention_modules, calls_attention_interface, execution_device, models_in, outermost_models
 from .recording import evaluating, gathering, recording
 from .rotations import ObservedRotations, observing_rotations
@@ -217,7 +219,7 @@ class _Search:
             if name not in self.found
             and name not in self.rejected
             and not any(name.startswith(prefix) for prefix in self._settled)
-            and (calls_attention_interface(module) or "att" in type(module).__name__.lower())  # not a router
+            and (calls_attention_interface(module) or ATTENTION_NAME.search(type(module).__name__))
         ]
 
 
@@ -244,6 +246,9 @@ def _kinds_by_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Calla
 
     return kind
 
+
+ATTENTION_NAME = re.compile("attention|attn", re.IGNORECASE)
+"""What in its class's name tells attention from what else takes a softmax: a router, a pooling."""
 
 CROSS_NAME = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 """What in its name tells cross-attention, where an encoder's and a decoder's tokens happen to be as many."""

@@ -36,7 +36,9 @@ PROBE_NAME = "prefix_plus_probe"
 
 def probe_attention(module: Any, *args: Any, **kwargs: Any) -> AttentionOutput:
     """The attention function that is registered for modules without a prefix that a thread watches."""
-    attend = (THREAD.interface or {}).get(module, _attend_as_ever)  # other threads run the module as ever meanwhile
+    attend: Callable[..., AttentionOutput] = (THREAD.interface or {}).get(
+        module, _attend_as_ever
+    )  # other threads run the module as ever meanwhile
     return attend(module, *args, **kwargs)
 
 

@@ -49,13 +49,18 @@ def initialize_from_text(
 
     Raises:
         TypeError: If the base model is not one of transformers.
-        ValueError: If the model has no such adapter, the text is too short, the model cannot read it, or it does not reach
+        ValueError: If the model has no such adapter, or it is decoupled; if the text is too short, the model cannot read it, or it does not reach
             one of the adapter's attention modules. The adapter is then as it was.
 
     Warns:
         UserWarning: If the text is longer, or the adapter was position-free where that makes a difference.
     """
     layers = layers_with_adapter(model, adapter_name)
+    if layers[0][1].is_decoupled[adapter_name]:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is decoupled, and a text's keys and values act through the softmax that they share with the "
+            "input's. Make the adapter with PrefixPlusConfig(decoupled=False), or with gating=True."
+        )
     num_tokens = layers[0][1].prefix_key_value(adapter_name)[0].shape[1]
     token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if len(token_ids) < num_tokens:

@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..encoders import DirectEncoder, ProjectedEncoder, Scaling
+from ..encoders import Scaling
 from ..layer import PrefixPlusLayer
 
 
@@ -117,14 +117,9 @@ def _prefix_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Paramete
     for layer in model.modules():
         if not isinstance(layer, PrefixPlusLayer):
             continue
-        for adapter_name, encoder in layer.prefix_plus_encoder.items():
-            if isinstance(encoder, DirectEncoder):
-                yield adapter_name, "keys", encoder.key
-                yield adapter_name, "values", encoder.value
-                continue
-            assert isinstance(encoder, ProjectedEncoder)
-            for part in encoder.parts():
-                yield from ((adapter_name, "projection", parameter) for parameter in part.parameters())
+        for adapter_name in layer.prefix_plus_encoder:
+            for kind, parameter in layer.encoder(adapter_name).parameters_by_kind():
+                yield adapter_name, kind, parameter
         for adapter_name, gate in layer.prefix_plus_gate.items():
             yield adapter_name, "gates", gate
 

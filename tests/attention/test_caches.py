@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from models import joint_config
 from peft import get_peft_model
 from transformers import (
     ContinuousBatchingConfig,
@@ -25,8 +26,6 @@ from transformers import (
     cache_utils,
 )
 
-from peft_prefix_plus import PrefixPlusConfig
-
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
 MODELS = {
@@ -41,7 +40,7 @@ def adapted(name="llama", implementation="sdpa", **fields):
     torch.manual_seed(0)
     model = MODELS[name]() if isinstance(name, str) else name
     model.set_attn_implementation(implementation)
-    config = PrefixPlusConfig(num_virtual_tokens=LENGTH, init_weights=False, **fields)
+    config = joint_config(num_virtual_tokens=LENGTH, init_weights=False, **fields)
     return get_peft_model(model, config).eval()
 
 

@@ -7,7 +7,16 @@ import copy
 import pytest
 import test_inline as inline
 import torch
-from models import DECOUPLED_CAP, adapter_parameters, main_output, output_of, prefixed, tiny_model, token_ids
+from models import (
+    DECOUPLED_CAP,
+    adapter_parameters,
+    joint_config,
+    main_output,
+    output_of,
+    prefixed,
+    tiny_model,
+    token_ids,
+)
 from peft import PeftModel, get_peft_model
 from test_equivalence import MODELS, Formula, batch, build, logits
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -82,7 +91,7 @@ def test_beside_a_joint_prefix_it_is_added_to_that_ones_attention(formula):
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("decoupled_formula")
     model = get_peft_model(model, decoupled(), adapter_name="added").eval()
-    model.add_adapter("joint", PrefixPlusConfig(num_virtual_tokens=3, position_free=False))
+    model.add_adapter("joint", joint_config(num_virtual_tokens=3, position_free=False))
     model.add_adapter("more", decoupled(num_virtual_tokens=2, layers_to_transform=[1]))
     alone = logits(model, batch("left"))
     model.base_model.set_adapter(["added", "joint"])
@@ -210,7 +219,7 @@ def test_each_row_of_a_batch_has_the_adapter_it_names(build_model):
     expected = {"__base__": output_of(base, input_ids=ids)}
     model = prefixed(base, decoupled=True)
     model.add_adapter("longer", decoupled())
-    model.add_adapter("joint", PrefixPlusConfig(num_virtual_tokens=4))
+    model.add_adapter("joint", joint_config(num_virtual_tokens=4))
     for name in ("default", "longer", "joint"):
         model.set_adapter(name)
         expected[name] = output_of(model, input_ids=ids)

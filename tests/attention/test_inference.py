@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from models import joint_config
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_prefix_plus import PrefixPlusConfig, prefix_key_values
+from peft_prefix_plus import prefix_key_values
 
 
 IDS = torch.arange(3, 15).reshape(2, 6)
@@ -20,7 +21,7 @@ def adapted(reparameterization="mlp", **kwargs):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
-    config = PrefixPlusConfig(
+    config = joint_config(
         task_type="CAUSAL_LM",
         num_virtual_tokens=5,
         reparameterization=reparameterization,
@@ -172,7 +173,7 @@ def test_a_parameter_that_changes_while_a_text_is_generated_is_seen_at_once(chan
 def test_a_switched_adapter_is_seen_at_once():
     model = adapted()
     first = logits(model)
-    model.add_adapter("second", PrefixPlusConfig(num_virtual_tokens=3, init_weights=False))
+    model.add_adapter("second", joint_config(num_virtual_tokens=3, init_weights=False))
     assert torch.equal(logits(model), first)
     model.set_adapter("second")
     second = logits(model)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import DECOUPLED_CAP, GATE_SCALE, output_of, prefix_layers, prefixed, tiny_model, token_ids
+from models import DECOUPLED_CAP, GATE_SCALE, joint_config, output_of, prefix_layers, prefixed, tiny_model, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_attention import (
     BATCH,
@@ -32,7 +32,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_prefix_plus import (
-    PrefixPlusConfig,
     initialize_from_text,
     prefix_attention_mass,
     prefix_key_values,
@@ -308,7 +307,7 @@ def test_output_is_the_formula(reference_of, name, fields):
     reference = copy.deepcopy(model)
     formula = reference_of(reference, *MODELS[name][1:])
     base = logits(reference)
-    model = get_peft_model(model, PrefixPlusConfig(num_virtual_tokens=5, init_weights=False, **fields)).eval()
+    model = get_peft_model(model, joint_config(num_virtual_tokens=5, init_weights=False, **fields)).eval()
     assert model.peft_config["default"].position_free is True
     formula.is_decoupled = bool(fields.get("decoupled"))
     for module, layer in prefix_layers(model).items():
@@ -328,7 +327,7 @@ def test_over_lora_it_is_the_formula(reference_of):
     model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
     reference = copy.deepcopy(model.get_base_model())
     formula = reference_of(reference, "q_proj", None)
-    model = get_peft_model(model.get_base_model(), PrefixPlusConfig(init_weights=False), adapter_name="prefix").eval()
+    model = get_peft_model(model.get_base_model(), joint_config(init_weights=False), adapter_name="prefix").eval()
     for module, prefix in prefix_key_values(model, "prefix").items():
         formula.prefixes[reference.get_submodule(module)] = prefix
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=2e-5)
@@ -363,7 +362,7 @@ def test_adapters_of_both_kinds_are_active_together():
     for implementation in ("eager", "sdpa"):
         model = prefixed(tiny_model(implementation=implementation))
         torch.manual_seed(1)
-        model.add_adapter("fixed", PrefixPlusConfig(num_virtual_tokens=4, init_weights=False, position_free=False))
+        model.add_adapter("fixed", joint_config(num_virtual_tokens=4, init_weights=False, position_free=False))
         model.base_model.set_adapter(["default", "fixed"])
         torch.manual_seed(2)
         for layer in prefix_layers(model).values():
@@ -446,11 +445,11 @@ def test_a_model_without_weights_has_the_same_rotations():
             transformers.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0, 1], pad_token_id=0)
         )
     with pytest.warns(UserWarning, match="has no weights yet"):
-        empty = get_peft_model(empty, PrefixPlusConfig())
+        empty = get_peft_model(empty, joint_config())
     whole = transformers.SmolLM3ForCausalLM(
         transformers.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0, 1], pad_token_id=0)
     )
-    whole = get_peft_model(whole, PrefixPlusConfig())
+    whole = get_peft_model(whole, joint_config())
 
     rotations = [[layer.rotation for layer in prefix_layers(model).values()] for model in (empty, whole)]
     assert rotations[0] == rotations[1] == [QueryRotation(), None, QueryRotation()]  # the second layer rotates nothing
@@ -480,9 +479,9 @@ def test_a_rotation_that_cannot_be_undone_is_left_or_refused():
             transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
         )
 
-    model = get_peft_model(gptj(), PrefixPlusConfig())
+    model = get_peft_model(gptj(), joint_config())
     assert model.peft_config["default"].position_free is False
-    model, config = gptj(), PrefixPlusConfig(position_free=True)
+    model, config = gptj(), joint_config(position_free=True)
     modules = [type(module) for module in model.modules()]
     with pytest.raises(
         ValueError, match=r"`position_free` is True, but .* of GPTJForCausalLM cannot be undone: .*None"
@@ -492,7 +491,7 @@ def test_a_rotation_that_cannot_be_undone_is_left_or_refused():
 
 
 def test_a_failed_adding_leaves_the_configuration_as_it_was(monkeypatch):
-    config = PrefixPlusConfig()
+    config = joint_config()
     monkeypatch.setattr("peft_prefix_plus.model.PrefixPlusLayer.update_layer", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         get_peft_model(tiny_model(), config)
@@ -502,7 +501,7 @@ def test_a_failed_adding_leaves_the_configuration_as_it_was(monkeypatch):
 @pytest.mark.parametrize("value", [1, "yes"])
 def test_other_values_are_refused(value):
     with pytest.raises(TypeError, match=f"`position_free` must be True, False or None, got {value!r}"):
-        PrefixPlusConfig(position_free=value)
+        joint_config(position_free=value)
 
 
 def test_starting_from_a_text_puts_the_prefix_at_the_texts_positions(tmp_path):
@@ -536,7 +535,7 @@ def test_activations_are_the_keys_before_their_rotation():
 
 
 def test_prefix_tuning_cannot_express_it():
-    model = get_peft_model(tiny_model(), PrefixPlusConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_model(), joint_config(task_type="CAUSAL_LM"))
     with pytest.raises(
         ValueError, match=r"'default', which is position-free, cannot be expressed.*position_free=False"
     ):

@@ -92,7 +92,7 @@ def test_every_method_is_trained_and_measured_and_what_is_done_is_not_done_again
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(method in printed for method in quality_real.METHODS)
-    for method in ("LoRA", "PREFIX_PLUS, gating", "PREFIX_PLUS, decoupled"):
+    for method in ("LoRA", "PREFIX_PLUS, gating", "PREFIX_PLUS (default)"):
         assert table[method][3].endswith("(1.000)"), f"{method} starts as the base model"
 
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}

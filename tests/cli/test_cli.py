@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SCALING_SIZE
+from models import SCALING_SIZE, joint_config
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -305,7 +305,7 @@ def test_inspect_measures_attention_on_data_and_draws(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, figures = tmp_path / "adapter", tmp_path / "figures" / "new"
-    run(*training(base, data, output, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1))
+    run(*training(base, data, output, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1, "--no-decoupled"))
     capsys.readouterr()
     run("inspect", output, "--data", data, "--batch-size", 3, "--plot", figures)
     printed = capsys.readouterr().out
@@ -374,7 +374,7 @@ def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: 
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     lora.save_pretrained(str(tmp_path / "lora"))
     model = get_peft_model(
-        lora.unload(), PrefixPlusConfig(task_type="CAUSAL_LM", layers_to_transform=0, position_free=False)
+        lora.unload(), joint_config(task_type="CAUSAL_LM", layers_to_transform=0, position_free=False)
     )
     model.save_pretrained(str(tmp_path / "top"))
     for adapter, output, message in (
@@ -631,7 +631,7 @@ def test_records_are_cut_to_a_models_positions(
 ) -> None:
     data = write_lines(tmp_path / "data.jsonl", [{"text": "the big red table is on the box a cup"}, {"text": "a cup"}])
     output = tmp_path / "adapter"
-    run(*training(few_positions, data, output, "--max-steps", 1))
+    run(*training(few_positions, data, output, "--max-steps", 1, "--no-decoupled"))
     assert "1 of 2 records have more than 8 tokens and are cut" in capsys.readouterr().err
     run("inspect", output, "--data", data)
     run("generate", "--adapter", output, "--prompt", "red table", "--max-new-tokens", 6)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from models import adapter_parameters
+from models import adapter_parameters, joint_config
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -44,7 +44,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_prefix_plus import PrefixPlusConfig, from_prefix_tuning, prefix_key_values, to_prefix_tuning
+from peft_prefix_plus import from_prefix_tuning, prefix_key_values, to_prefix_tuning
 from peft_prefix_plus.conversion.measured_rotations import Rotation
 
 
@@ -203,7 +203,7 @@ def test_a_prefix_that_a_projection_produces_is_converted(is_saved, tmp_path):
 def test_a_reparameterized_prefix_becomes_an_adapter_that_peft_loads_alone(tmp_path, run_in_new_process):
     base = build(llama)
     fields = dict(reparameterization="mlp", sharing="all", encoder_dim=6, init_weights=False)
-    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **fields, position_free=False)
+    config = joint_config(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **fields, position_free=False)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     base.save_pretrained(tmp_path / "base")
     config, tensors = to_prefix_tuning(model, save_directory=tmp_path / "adapter")
@@ -297,9 +297,9 @@ def test_a_model_in_bfloat16_is_converted(tmp_path):
 
 def test_an_inactive_adapter_is_converted_and_the_model_left_as_it_was():
     base = build(llama)
-    model = get_peft_model(copy.deepcopy(base), PrefixPlusConfig(task_type="CAUSAL_LM", gating=True))
+    model = get_peft_model(copy.deepcopy(base), joint_config(task_type="CAUSAL_LM", gating=True))
     model.add_adapter(
-        "other", PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False, position_free=False)
+        "other", joint_config(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False, position_free=False)
     )
     before = state(model)
     _, tensors = to_prefix_tuning(model, "other")
@@ -447,7 +447,7 @@ def test_models_on_which_the_outputs_cannot_be_equal_are_refused_and_left_as_the
         from_prefix_tuning(theirs)
     assert_same_state(theirs, before)
 
-    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, init_weights=False)
+    config = joint_config(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, init_weights=False)
     ours = get_peft_model(base, config)
     before = state(ours)
     with pytest.raises(ValueError, match=message):
@@ -525,7 +525,7 @@ def test_the_base_model_is_asked_for_where_it_is_missing():
     ],
 )
 def test_what_prefix_tuning_cannot_express_is_refused(fields, message):
-    model = get_peft_model(build(llama), PrefixPlusConfig(**{"task_type": "CAUSAL_LM", **fields}))
+    model = get_peft_model(build(llama), joint_config(**{"task_type": "CAUSAL_LM", **fields}))
     with pytest.raises(ValueError, match=message):
         to_prefix_tuning(model)
 
@@ -534,13 +534,13 @@ def test_keys_and_values_of_different_shapes_are_refused():
     latent = dict(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, head_dim=4)
     experts = dict(n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
     base = build(lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**SIZES, **latent, **experts)))
-    model = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+    model = get_peft_model(base, joint_config(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
     with pytest.raises(ValueError, match=r"one shape.*\(4, 5, 6\) and \(4, 5, 12\)"):
         to_prefix_tuning(model)
 
 
 def test_only_models_with_the_adapter_are_taken():
-    model = get_peft_model(build(llama), PrefixPlusConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(build(llama), joint_config(task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match=r"must be a PeftModel.*got LlamaForCausalLM"):
         to_prefix_tuning(model.get_base_model())
     with pytest.raises(ValueError, match="named 'other'"):

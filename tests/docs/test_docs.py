@@ -62,8 +62,8 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     method = " ".join((ROOT / "docs/method.md").read_text(encoding="utf-8").split())
     docstring = " ".join((PrefixPlusConfig.__doc__ or "").split())
     joint, decoupled = ("{:g} and {:g}".format(*scales) for scales in (JOINT_SCALES, DECOUPLED_SCALES))
-    assert "The scale is {:g} for keys and {:g} for values".format(*JOINT_SCALES) in method
-    assert f"`decoupled=True`, {decoupled}." in method
+    assert "The scale is {:g} for keys and {:g} for values in the decoupled form".format(*DECOUPLED_SCALES) in method
+    assert f"{joint} in the others" in method
     assert f"{joint} ({decoupled} if `decoupled`)" in docstring
     assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method

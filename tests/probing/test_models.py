@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapter_parameters, assert_unchanged, prefix_layers, state_of
+from models import adapter_parameters, assert_unchanged, joint_config, prefix_layers, state_of
 from peft import PeftModel, get_peft_model
 from tiny_models import NO_TEXT_LOSS, UNBUILDABLE, UNREAD_MODULES, Case, cases, inputs_of, tiny_model, token_ids
 
@@ -107,7 +107,7 @@ def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_pat
 
 def config_for(case: Case) -> PrefixPlusConfig:
     # keys and values of both signs and unit size: they visibly change what the model computes
-    return PrefixPlusConfig(
+    return joint_config(
         task_type=case.task_type,
         num_virtual_tokens=3,
         init_weights=False,

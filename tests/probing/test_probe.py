@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
+import beyond_text
 import pytest
+import tiny_models
 import torch
 import transformers
 from models import adapter_parameters, prefix_config, prefix_layers, tiny_model, unchanged
@@ -147,6 +149,47 @@ def test_attention_modules_of_a_model_that_cannot_be_run_are_probed_alone():
     assert list(alone) == [name.removeprefix("model.") for name in whole]
     assert list(alone.values()) == list(whole.values())  # kind, shape, heads, rotation
     assert all(geometry.key.std() > 0 for geometry in alone.values())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "part"),
+    [("DetrForObjectDetection", "model.decoder.layers"), ("SamModel", "mask_decoder.transformer.layers")],
+    ids=["positions that are added", "keys beside queries"],
+)
+def test_attention_modules_of_other_arguments_are_probed_alone(class_name, part):
+    class Unrunnable(nn.Module):
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = layers
+
+    case = next(case for group in beyond_text.cases().values() for case in group if case.class_name == class_name)
+    model = tiny_models.tiny_model(case)
+    whole = probe(model)
+    alone = probe(Unrunnable(model.get_submodule(part)))
+
+    expected = {name.replace(part, "layers"): each for name, each in whole.items() if name.startswith(f"{part}.")}
+    assert list(alone) == list(expected)
+    for name, geometry in alone.items():
+        assert geometry.shape == expected[name].shape
+        assert geometry.num_query_heads == expected[name].num_query_heads
+        assert geometry.scale == expected[name].scale
+        assert geometry.key.std() > 0
+
+
+def test_scores_less_their_maximum_over_all_are_refused_with_the_reason():
+    class ShiftedAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            query, key, value = (each(hidden_states) for each in (self.q_proj, self.k_proj, self.v_proj))
+            scores = query @ key.transpose(-1, -2)
+            return torch.softmax(scores - scores.max(), dim=-1) @ value
+
+    model = nn.Sequential(ShiftedAttention())
+    with unchanged(model), pytest.raises(ValueError, match=r"ShiftedAttention.*its products go through max, sub"):
+        get_peft_model(model, prefix_config())
 
 
 def test_what_can_be_run_in_no_way_names_the_way_out():

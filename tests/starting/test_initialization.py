@@ -17,6 +17,7 @@ from models import (
     SCALING_SIZE,
     VOCABULARY,
     adapter_parameters,
+    joint_config,
     output_of,
     prefix_layers,
     prefixed,
@@ -236,10 +237,10 @@ def test_a_base_on_the_meta_device_gets_an_adapter_that_a_checkpoint_can_fill(
     fields = dict(num_virtual_tokens=3, reparameterization=reparameterization, sharing=sharing, **fields)
     with torch.device("meta"):
         base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER_SIZES))
-    model = get_peft_model(base, PrefixPlusConfig(**fields))
+    model = get_peft_model(base, joint_config(**fields))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
-    whole = get_peft_model(tiny_model(), PrefixPlusConfig(**fields)).eval()
+    whole = get_peft_model(tiny_model(), joint_config(**fields)).eval()
     model.load_state_dict(whole.state_dict(), assign=True)
     assert scalings(model) == scalings(whole)
 
@@ -260,7 +261,7 @@ def test_an_adapter_can_be_made_empty_and_filled_by_a_checkpoint(reparameterizat
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_over_a_base_in_bfloat16_the_scale_is_exact(autocast):
-    config = PrefixPlusConfig(num_virtual_tokens=3, prefix_scaling=0.1)
+    config = joint_config(num_virtual_tokens=3, prefix_scaling=0.1)
     model = get_peft_model(tiny_model(dtype=torch.bfloat16), config, autocast_adapter_dtype=autocast)
     for layer in prefix_layers(model).values():
         assert torch.equal(layer.encoder("default").scaling.values, torch.tensor([0.1, 0.1]))
@@ -271,7 +272,7 @@ def test_over_a_base_in_bfloat16_the_scale_is_exact(autocast):
 
 def test_the_scale_is_trainable_as_the_rest_of_its_adapter_is():
     model = prefixed(tiny_model(), reparameterization="linear").train()
-    model.add_adapter("second", PrefixPlusConfig())
+    model.add_adapter("second", joint_config())
     for adapter in ("second", "default"):
         model.set_adapter(adapter)
         model.set_requires_grad(adapter)
@@ -617,7 +618,7 @@ def test_the_next_forward_has_the_new_prefix_and_training_goes_on_from_it():
 
 def test_only_the_named_adapter_is_started_and_no_other_is_read():
     model = prefixed(tiny_model(), num_virtual_tokens=TEXT_TOKENS)
-    model.add_adapter("second", PrefixPlusConfig(num_virtual_tokens=TEXT_TOKENS, init_weights=False))
+    model.add_adapter("second", joint_config(num_virtual_tokens=TEXT_TOKENS, init_weights=False))
     first = prefix_key_values(model)
     for active in ("default", "second"):
         model.set_adapter(active)
@@ -631,7 +632,7 @@ def test_only_the_named_adapter_is_started_and_no_other_is_read():
 def test_a_subset_of_layers_and_a_bare_model_can_start_from_a_text():
     expected = prefix_key_values(started(tiny_model()))
     model = started(tiny_model(), layers_to_transform=[1])
-    injected = inject_adapter_in_model(PrefixPlusConfig(num_virtual_tokens=TEXT_TOKENS), tiny_model())
+    injected = inject_adapter_in_model(joint_config(num_virtual_tokens=TEXT_TOKENS), tiny_model())
     initialize_from_text(injected, word_tokenizer(), TEXT)
     assert list(prefix_key_values(model)) == ["model.layers.1.self_attn"]
     for each in (model, injected):
@@ -697,6 +698,12 @@ def test_a_module_that_a_text_does_not_reach_is_named():
     assert list(residuals) == [f"model.language_model.layers.{layer}.self_attn" for layer in range(3)]
 
 
+def test_a_decoupled_prefix_does_not_start_from_a_text():
+    model = prefixed(tiny_model(), num_virtual_tokens=3, decoupled=True)
+    with unchanged(model), pytest.raises(ValueError, match=r"Adapter 'default' is decoupled.*decoupled=False"):
+        initialize_from_text(model, word_tokenizer(), TEXT)
+
+
 def test_a_text_that_the_model_cannot_read_is_an_error_that_changes_nothing():
     model = prefixed(tiny_model("gpt2", n_positions=8), num_virtual_tokens=12)
     with unchanged(model), pytest.raises(ValueError, match=r"GPT2LMHeadModel cannot read a text of 12 tokens"):
@@ -714,7 +721,7 @@ def test_positions_before_the_text_suit_models_that_make_more_of_positions(task_
     case = tiny_models.Case(task_type, model_type, class_name)
     inputs = tiny_models.inputs_of(case, tiny_models.tiny_model(case))
     expected = output_of(tiny_models.tiny_model(case), **inputs)
-    model = prefixed(tiny_models.tiny_model(case), num_virtual_tokens=12, decoupled=True, init_weights=True)
+    model = prefixed(tiny_models.tiny_model(case), num_virtual_tokens=12, gating=True, init_weights=True)
     assert torch.equal(output_of(model, **inputs), expected)
     initialize_from_text(model, word_tokenizer(), TEXT + " " + TEXT)
     assert all(

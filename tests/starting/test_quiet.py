@@ -19,6 +19,7 @@ from models import (
     SPREAD,
     VOCABULARY,
     adapter_parameters,
+    joint_config,
     loss_of,
     output_of,
     prefix_layers,
@@ -32,7 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_prefix_plus import PrefixPlusConfig, prefix_key_values
+from peft_prefix_plus import prefix_key_values
 from peft_prefix_plus.starting.quiet import quiet_offset
 
 
@@ -54,7 +55,7 @@ def leaning(model: Any) -> Any:
 
 def adapted(model: Any, **fields: Any) -> PeftModel:
     """The model with a new adapter that starts by default."""
-    return get_peft_model(model, PrefixPlusConfig(**fields)).eval()
+    return get_peft_model(model, joint_config(**fields)).eval()
 
 
 def recorded(model: Any, is_position_free: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
