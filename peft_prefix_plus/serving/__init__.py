@@ -1,7 +1,4 @@
-"""
-Serving adapters in vLLM: what is folded from a saved adapter, where it lies, and the parts that run in vLLM's processes.
-
-`store` and `connector` run in vLLM's engine and workers: they import torch, safetensors and vLLM, and nothing else of this package.
-`folding` makes what they read. `endpoints` is vLLM's HTTP server's part. Nothing outside `serving/` and the command imports from here,
-and vLLM is imported by `connector` and `endpoints` only.
-"""
+"""Serving adapters in vLLM: what is folded from a saved adapter, where it lies, and the parts that run in vLLM's processes.
+`connector`, `additive` and `store` run in vLLM's engine and workers and need nothing of PEFT; `endpoints` runs in its HTTP server;
+`folding` and `vllm_server` make and start what they need. vLLM is imported by `connector` and `endpoints` only. May import everything
+but `insight`, `training` and `cli`; nothing but `cli` imports it."""

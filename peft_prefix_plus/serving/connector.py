@@ -364,7 +364,8 @@ def _put_before(request: Request, length: int) -> None:
         placeholder = request.prompt_token_ids[0]
     placeholders = [placeholder] * length
     request.prompt_token_ids = placeholders + list(request.prompt_token_ids or [])
-    request._all_token_ids[:0] = placeholders
+    # vLLM offers no way to change a request's tokens; the list that it looks at is changed in place
+    vars(request)["_all_token_ids"][:0] = placeholders
     request.num_prompt_tokens += length
 
 
