@@ -73,7 +73,7 @@ class Load:
 
 
 @dataclass
-class Loads(KVConnectorMetadata):
+class Loads(KVConnectorMetadata):  # type: ignore[misc]
     """
     What the workers are to do before a forward.
 
@@ -88,7 +88,7 @@ class Loads(KVConnectorMetadata):
     added: dict[int, str | None] = field(default_factory=dict)
 
 
-class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
+class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """
     Writes prefixes into vLLM's cache. `kv_connector_extra_config` names the adapters' folder as `store`; with `may_add` false, prefixes
     that are added to attention are refused, and CUDA graphs may hold a whole forward.

@@ -220,7 +220,7 @@ class PrefixStore:
         return self.directory / f"{digest}.safetensors"
 
     @contextmanager
-    def _opened(self, digest: str) -> Iterator[safe_open]:
+    def _opened(self, digest: str) -> Iterator[Any]:
         try:
             with safe_open(self._path(digest), framework="pt") as file:
                 yield file
@@ -259,6 +259,6 @@ class PrefixStore:
             temporary.unlink(missing_ok=True)
 
 
-def _about(file: safe_open) -> dict[str, Any]:
+def _about(file: Any) -> dict[str, Any]:
     about: dict[str, Any] = json.loads(file.metadata()["about"])
     return about
