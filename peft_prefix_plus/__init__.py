@@ -1,7 +1,9 @@
 """peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
 
+from .adapters.composition import compose
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
+from .conversion.cartridge import from_cartridge, to_cartridge
 from .conversion.flatten import flatten, prefix_key_values
 from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .insight.attention_mass import prefix_attention_mass
@@ -12,19 +14,23 @@ from .model import PrefixPlusModel
 from .probing.examples import example_inputs
 from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
+from .starting.compaction import AttentionResidual
 from .starting.fitting import Residual
 from .starting.initialization import initialize_from_key_values, initialize_from_text
 from .training.parameter_groups import prefix_plus_param_groups
 
 
 __all__ = [
+    "AttentionResidual",
     "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "Residual",
+    "compose",
     "example_inputs",
     "flatten",
+    "from_cartridge",
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
@@ -36,6 +42,7 @@ __all__ = [
     "prefix_plus_param_groups",
     "prune_layers",
     "suggest_layers",
+    "to_cartridge",
     "to_prefix_tuning",
 ]
 

@@ -327,8 +327,8 @@ class ProjectedEncoder(PrefixEncoder):
     def own_parts(self) -> list[nn.Module]:
         return [self, *(self.part(name) for name in self._made)]
 
-    def part(self, name: str) -> nn.Module:
-        """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares."""
+    def part(self, name: str) -> Any:
+        """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares; a wrapper may stand in its place."""
         return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
 
     def take_over(self, parts: Collection[str]) -> None:

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapters.memo import Source
+from .adapters.memo import Memo, Source
 from .adapters.running import RUNNING
 from .adapters.shared import PrefixPlusModule
 from .attention import (
     POSITIONS,
+    ActivePrefixes,
     ConfigView,
     PositionEmbeddings,
     Prefix,
     QueryRotation,
+    TurnedPrefixes,
     concatenated,
     eager_attention_function,
     follow,
@@ -38,10 +40,6 @@ from .starting.scaling import scale_and_start
 
 if TYPE_CHECKING:
     from .config import PrefixPlusConfig
-
-
-ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
-"""The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that are added to its attention."""
 
 
 GATE_SCALE = 25.0
@@ -131,7 +129,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             start = 1.0 / GATE_SCALE if config.init_weights in (False, "random") else 0.0
             self.prefix_plus_gate[adapter_name] = nn.Parameter(torch.full((geometry.num_query_heads,), start))
         self.dropout[adapter_name] = float(config.encoder_dropout)
-        self.is_decoupled[adapter_name] = config.decoupled
+        self.is_decoupled[adapter_name] = bool(config.decoupled)
         self.set_position_free(adapter_name, bool(config.position_free), geometry.rotation)
         dtypes = (parameter.dtype for parameter in self.attention.parameters() if parameter.is_floating_point())
         self._adapter_to(adapter_name, dtype=next(dtypes, None))
@@ -196,14 +194,17 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         assert self.rotation is not None
         memo = None if torch.compiler.is_compiling() else RUNNING.memo
         if memo is None:
-            return self.rotation.factors(query, positions)
+            return self.rotation.factors(query, positions, query.shape[2])
         carrier = positions if isinstance(positions, torch.Tensor) else positions[0]
         version = 0 if carrier.is_inference() else carrier._version
         context = (id(carrier), version, query.shape[2], query.dtype, query.device)
         rotation = id(self.rotation)  # one for all layers, and quicker to look up than by its fields
         kept = memo.recall(rotation, context)
         if kept is None:
-            kept = self.rotation.factors(query, positions), carrier  # which keeps its id from being given to another
+            kept = (
+                self.rotation.factors(query, positions, query.shape[2]),
+                carrier,
+            )  # which keeps its id from being given to another
             memo.keep(rotation, context, (), kept)
         return kept[0]
 
@@ -257,8 +258,24 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         if produced is None:
             names = self._adapters_in_use()
             produced = self._produce(names, key, value)
-            memo.keep(self, context, self._sources(names), produced)
+            if memo.keep(self, context, self._sources(names), produced):
+                produced = self._turned(memo, produced)
+                memo.keep(self, context, self._sources(names), produced)
         return produced
+
+    def _turned(self, memo: Memo, produced: ActivePrefixes) -> ActivePrefixes:
+        """Let prefixes that are kept and read unrotated queries be turned to the position of a single one."""
+        prefix, added = produced
+        return (
+            None if prefix is None else self._turned_with_others(memo, prefix, "joint"),
+            tuple(self._turned_with_others(memo, each, str(index)) for index, each in enumerate(added)),
+        )
+
+    def _turned_with_others(self, memo: Memo, prefix: Prefix, name: str) -> Prefix:
+        if prefix.reads != "unrotated" or self.rotation is None:
+            return prefix
+        kind = (id(self.rotation), prefix.key.shape, prefix.key.dtype, prefix.key.device)
+        return memo.turned.setdefault(kind, TurnedPrefixes(self.rotation)).add((self, name), prefix)
 
     def has_prefix(self) -> bool:
         """Whether a prefix takes part in the next forward."""
@@ -394,7 +411,7 @@ def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
         if calls_attention_interface(attention):
             set_config(attention, ConfigView(attention.config, METHOD_NAME, reads_implementation(type(attention))))
         else:
-            follow(attention)
+            follow(attention, METHOD_NAME)
     return layer
 
 

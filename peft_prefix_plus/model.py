@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapters.checkpoints import CONTAINERS, check_adapter_name, check_checkpoint, loadable_keys
+from .adapters.composition import check_combination, combined_config, combined_prefixes
 from .adapters.lookup import layers_with_adapter, prefix_layers
 from .adapters.other_methods import keeping_others_modules, leave_modules_to_others, require_free_name
 from .adapters.rows import pass_rows, stop_passing_rows
@@ -291,6 +292,40 @@ class PrefixPlusModel(BaseTuner):
         elif was_active:
             self.active_adapter = []
         self._name_another_active(adapter_name)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """
+        Make several adapters into a new one, which is not active yet. The others stay.
+
+        Args:
+            adapters (`list[str]`): The adapters.
+            weights (`list[float]`): A weight for each.
+            adapter_name (`str`): The name of the new adapter.
+            combination_type (`str`, defaults to `"cat"`):
+                `"cat"`: the prefixes one after the other, with the output of all adapters active at once; all weights are 1.
+                `"linear"`: the sum of the weighted keys, values and gates, of adapters of one length.
+
+        Raises:
+            ValueError: If there is no PREFIX_PLUS adapter of a name, `adapter_name` is taken, or the adapters cannot be made into
+                one (see [`compose`]). The model is then as it was.
+        """
+        self._check_adapters(adapters)
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        prefixes, gates = combined_prefixes(self.model, adapters, weights, combination_type)
+        num_tokens = next(iter(prefixes.values()))[0].shape[1]
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], num_tokens)
+        self.inject_adapter(self.model, adapter_name)
+        try:
+            layers = dict(layers_with_adapter(self.model, adapter_name))
+            fit({name: layer.encoder(adapter_name) for name, layer in layers.items()}, prefixes)
+            with torch.no_grad():
+                for name, gate in gates.items():
+                    layers[name].prefix_plus_gate[adapter_name].copy_(gate)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
 
     def _name_another_active(self, deleted: str) -> None:
         """

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..attention import TurnedPrefixes
+
 
 Source = tuple[Mapping[str, Any], str]
 """A parameter, or the module that has it, as the dictionary that holds it and its name there."""
@@ -26,10 +28,14 @@ class Memo:
 
     Nothing is kept in a process of `torch.distributed`: what shards a model puts other numbers into the same tensor, and
     hides that from the counter.
+
+    Attributes:
+        turned (`dict`): What turns the prefixes that are kept to a position, by their kind.
     """
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Any, list[tuple[Mapping[str, Any], str, Any, int | None, int]], Any]] = {}
+        self.turned: dict[Hashable, TurnedPrefixes] = {}
 
     def recall(self, producer: Hashable, context: Any) -> Any:
         """
@@ -50,7 +56,7 @@ class Memo:
                 return None
         return kept[2]
 
-    def keep(self, producer: Hashable, context: Any, sources: Iterable[Source], value: Any) -> None:
+    def keep(self, producer: Hashable, context: Any, sources: Iterable[Source], value: Any) -> bool:
         """
         Keep a value for [`Memo.recall`], if changes of its parameters can be seen.
 
@@ -59,6 +65,9 @@ class Memo:
             context: As for [`Memo.recall`].
             sources: The parameters that the value depends on, and the modules that have them.
             value: The value, not `None`.
+
+        Returns:
+            `bool`: Whether it is kept.
         """
         seen: list[tuple[Mapping[str, Any], str, Any, int | None, int]] = []
         for holder, name in sources:
@@ -66,8 +75,10 @@ class Memo:
             if not isinstance(source, torch.Tensor):
                 seen.append((holder, name, source, None, 0))
             elif source.is_inference():
-                return  # made in inference mode, it has no version
+                return False  # made in inference mode, it has no version
             else:
                 seen.append((holder, name, source, source._version, source.data_ptr()))
-        if not _may_be_sharded():
-            self._kept[producer] = context, seen, value
+        if _may_be_sharded():
+            return False
+        self._kept[producer] = context, seen, value
+        return True

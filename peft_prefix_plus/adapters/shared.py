@@ -11,6 +11,13 @@ from torch import nn
 from ..registration import METHOD_NAME
 
 
+SHARED_NAME = METHOD_NAME
+"""
+What the model calls its child that holds the parts which layers share. An attention module has a child of the same name, its
+[`PrefixPlusLayer`]; both are in the keys of checkpoints.
+"""
+
+
 class PrefixPlusModule(BaseTunerLayer):
     """What holds parameters of adapters: the attention modules' [`PrefixPlusLayer`] and the model's [`SharedParts`]."""
 
@@ -49,10 +56,10 @@ def shared_parts(model: nn.Module, adapter_name: str) -> nn.ModuleDict:
         model (`nn.Module`): The base model, which gets [`SharedParts`] if it has none.
         adapter_name (`str`): The adapter.
     """
-    shared: Any = getattr(model, METHOD_NAME, None)
+    shared: Any = getattr(model, SHARED_NAME, None)
     if shared is None:
         shared = SharedParts()
-        model.add_module(METHOD_NAME, shared)
+        model.add_module(SHARED_NAME, shared)
     if adapter_name not in shared.prefix_plus_shared:
         shared.prefix_plus_shared[adapter_name] = nn.ModuleDict({})
     return shared.prefix_plus_shared[adapter_name]
@@ -61,11 +68,11 @@ def shared_parts(model: nn.Module, adapter_name: str) -> nn.ModuleDict:
 def remove_shared_parts(model: nn.Module, adapter_name: str | None = None) -> None:
     """Take the shared parts of an adapter, or of all, out of a model, and [`SharedParts`] when nothing is left in it."""
     for parent in list(model.modules()):
-        shared: Any = getattr(parent, METHOD_NAME, None)
-        if not isinstance(shared, SharedParts) or METHOD_NAME not in parent._modules:
+        shared: Any = getattr(parent, SHARED_NAME, None)
+        if not isinstance(shared, SharedParts) or SHARED_NAME not in parent._modules:
             continue
         for name in [adapter_name] if adapter_name is not None else list(shared.prefix_plus_shared):
             if name in shared.prefix_plus_shared:
                 del shared.prefix_plus_shared[name]
         if not shared.prefix_plus_shared:
-            delattr(parent, METHOD_NAME)
+            delattr(parent, SHARED_NAME)

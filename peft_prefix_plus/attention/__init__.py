@@ -1,12 +1,17 @@
 """Attention with a prefix. Nothing in here knows of PEFT. May import nothing of the package."""
 
-from .call import AttentionOutput
+from .base import attend_as_base, attention_family, eager_attention_function
+from .call import AttentionCall, AttentionOutput
 from .config_view import ConfigView, model_config, reads_implementation, set_config
-from .dispatch import attend_as_base, attention_family, eager_attention_function, prefix_attention
-from .inline import UNSUPPORTED, InlineAttention, attend_inline, follow, may_compute_attention, run_under, unfollow
+from .dispatch import prefix_attention
+from .holder import PrefixHolder
+from .inline import attend_inline, follow, run_under, unfollow
+from .inline_classes import UNSUPPORTED, may_compute_attention
+from .inline_mode import InlineAttention
 from .observed import Observer, observed_attention
-from .prefix import Prefix, concatenated
+from .prefix import ActivePrefixes, Prefix, concatenated
 from .rotary import POSITIONS, PositionEmbeddings, QueryRotation, find_rotation, has_known_form, position_embeddings_of
+from .turned import TurnedPrefixes
 from .watching import THREAD, watching
 
 
@@ -14,13 +19,17 @@ __all__ = [
     "POSITIONS",
     "THREAD",
     "UNSUPPORTED",
+    "ActivePrefixes",
+    "AttentionCall",
     "AttentionOutput",
     "ConfigView",
     "InlineAttention",
     "Observer",
     "PositionEmbeddings",
     "Prefix",
+    "PrefixHolder",
     "QueryRotation",
+    "TurnedPrefixes",
     "attend_as_base",
     "attend_inline",
     "attention_family",

@@ -30,19 +30,26 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     Returns:
         Shape (batch, tokens, query_heads, value_dim).
     """
-    grouped = query.unflatten(1, (prefix.key.shape[0], -1))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = grouped @ prefix.key.unsqueeze(1).transpose(-1, -2) * scale
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = _capped_silu(scores) if prefix.gate is None else scores.softmax(dim=-1)
-    attended = (weights.to(query.dtype) @ prefix.value.unsqueeze(1)).flatten(1, 2)
+    batch, heads, tokens, dim = query.shape
+    scale = dim**-0.5 if scaling is None else scaling
+    # all rows of a group of heads have to do with the same keys: (kv_heads, groups · batch · tokens, key_dim)
+    kv_heads, _, value_dim = prefix.value.shape
+    rows = query.view(batch, kv_heads, heads // kv_heads, tokens, dim).permute(1, 2, 0, 3, 4).flatten(1, 3)
+    scores = torch.bmm(rows, prefix.key.transpose(1, 2))
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    weights = _capped_silu(scores, scale) if prefix.gate is None else (scores * scale).softmax(dim=-1)
+    if weights.dtype != query.dtype:
+        weights = weights.to(query.dtype)
+    attended = torch.bmm(weights, prefix.value).view(heads, batch, tokens, value_dim).permute(1, 2, 0, 3)
     if prefix.gate is not None:
-        attended = attended * prefix.gate.tanh()[None, :, None, None]
+        attended = attended * prefix.gate.tanh()[:, None]
     if prefix.mask is not None:
         # such an adapter is the whole of a row's prefix or no part of it
         attended = attended * prefix.mask.any(dim=-1)[:, None, None, None]
-    return attended.transpose(1, 2)
+    return attended
 
 
-def _capped_silu(scores: torch.Tensor) -> torch.Tensor:
-    return silu((scores / DECOUPLED_CAP).tanh() * DECOUPLED_CAP)
+def _capped_silu(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """silu(cap(s · x)): decoding notices each operation."""
+    return silu((scores * (scale / DECOUPLED_CAP)).tanh() * DECOUPLED_CAP)

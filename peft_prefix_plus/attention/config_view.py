@@ -91,3 +91,29 @@ def model_config(module: nn.Module) -> Any:
     config: Any = module.config
     # told by its contents, not its class: a view made before the package was reloaded is a view too
     return vars(config)["_config"] if "_implementation" in vars(config) else config
+
+
+def registered_name(module: Any) -> str:
+    """Return the name of the attention function that a module's view of its config leads to."""
+    return vars(module.config)["_implementation"]
+
+
+class _WithModelConfig:
+    """An attention module as the base model has it: with the model's own config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.config = model_config(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def with_model_config(module: Any) -> Any:
+    """
+    Show an attention function the module with the model's own config.
+
+    A view cannot do for both, the module's code and the functions below it: the one must find ours by the name, the other its
+    own, and a name has one hash.
+    """
+    return _WithModelConfig(module)

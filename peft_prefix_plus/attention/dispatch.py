@@ -2,89 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.generic import is_flash_attention_requested
 
 from .added import added_attention
-from .call import AttentionFunction, AttentionOutput
+from .base import attend_as_base, attention_family
+from .call import AttentionCall, AttentionOutput
 from .concatenated import concatenated_attention, concatenated_flash_attention
 from .config_view import model_config
 from .fused import fused_attention
+from .holder import PrefixHolder, holder_of
 from .masks import FlashMask, dense_flex_mask, finite_additive, is_causal_call
 from .prefix import Prefix
-from .rotary import POSITIONS
+from .rotary import POSITIONS, PositionEmbeddings
 from .selfcheck import find_kernel
 from .watching import THREAD
-
-
-def attention_family(name: str | None) -> str:
-    """
-    Return which of the families of attention implementations a name belongs to: their masks differ.
-
-    - `"eager"`: an additive mask; without one, all is seen.
-    - `"sdpa"`: a bool or additive mask; without one, a causal module's queries see the keys up to their own.
-    - `"flash"`: a 2-D mask of padding; the rest is derived from lengths (see [`FlashMask`]).
-    - `"flex"`: a block mask.
-
-    Raises:
-        ValueError: If the name belongs to none: a prefix cannot be added to a mask that cannot be read.
-    """
-    name = (name or "").removeprefix("paged|")
-    if name in ("eager", "sdpa"):
-        return name
-    if name == "flex_attention":
-        return "flex"
-    if is_flash_attention_requested(requested_attention_implementation=name):
-        return "flash"
-    raise ValueError(
-        f"PREFIX_PLUS cannot add a prefix to the attention implementation {name!r}: how it reads its mask is not known. "
-        "Use 'sdpa', 'eager', 'flex_attention' or a flash attention, for instance model.set_attn_implementation('sdpa')."
-    )
-
-
-class _WithModelConfig:
-    """An attention module as the base model has it: with the model's own config."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.config = model_config(module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def attend_as_base(
-    module: Any, *args: Any, implementation: str | None, eager: AttentionFunction, **kwargs: Any
-) -> AttentionOutput:
-    """Call an attention implementation as the base model would; `eager` is the one of the module's own file."""
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]
-    if implementation is not None and is_flash_attention_requested(requested_attention_implementation=implementation):
-        module = _WithModelConfig(module)  # flash attention looks its kernel up by the name in the config
-    return function(module, *args, **kwargs)
-
-
-def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction:
-    """
-    Return the eager attention function that a class of attention modules falls back on: one of its own file.
-
-    A few have none, and run by the functions that transformers registers only; theirs raises a `ValueError`.
-    """
-    forward = inspect.unwrap(module_class.forward)
-    for name in forward.__code__.co_names:
-        if name.endswith("eager_attention_forward"):
-            return forward.__globals__[name]
-    return partial(_no_eager_attention, module_class.__name__)
-
-
-def _no_eager_attention(name: str, *args: Any, **kwargs: Any) -> AttentionOutput:
-    raise ValueError(f'{name} has no eager attention. Load the model with attn_implementation="sdpa".')
 
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -100,15 +35,9 @@ EXCLUDING_ARGUMENTS = {
 """Arguments of a call which, unless they are None, False or 0, change what the fused way does not compute."""
 
 
-def why_concatenate(
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    prefix: Prefix,
-    kwargs: dict[str, Any],
-) -> str | None:
+def why_concatenate(call: AttentionCall) -> str | None:
     """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
+    implementation, _, _, query, key, _, mask, prefix, _, kwargs = call
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func, which kernels called by hand know nothing of"
     if implementation != "sdpa":
@@ -147,7 +76,7 @@ def prefix_attention(
     way, through that implementation, otherwise.
 
     Args:
-        module: An attention module that carries a [`PrefixPlusLayer`].
+        module: An attention module with a [`PrefixHolder`].
         query: Shape (batch, query_heads, tokens, key_dim).
         key: Shape (batch, kv_heads, kv_tokens, key_dim).
         value: Shape (batch, kv_heads, kv_tokens, value_dim).
@@ -158,48 +87,47 @@ def prefix_attention(
         The output, (batch, tokens, query_heads, value_dim), and the attention weights, (batch, query_heads, tokens,
         prefix_tokens + kv_tokens), where the implementation returns them.
     """
-    # In decoding this runs for every token and layer. `module.prefix_plus` is a search in Python that ends in `_modules`, and
-    # `layer(key, value)` looks for hooks first: both take as long as one of the operations below.
     watchers = THREAD.interface
     if watchers is not None and module in watchers:
         return watchers[module](module, query, key, value, attention_mask, **kwargs)
-    layer = module._modules["prefix_plus"]
+    # In decoding this runs for every token and layer; `holder(key, value)` would look for hooks first.
+    holder = holder_of(module)
     positions = kwargs.pop(POSITIONS, None)
-    implementation, eager = model_config(module)._attn_implementation, layer.eager_attention
-    prefix, added_prefixes = layer.forward(key, value)
-    prefix_query = (
-        query if prefix is None or prefix.reads == "rotated" else layer.queries(query, prefix.reads, positions)
-    )
+    implementation, eager = model_config(module)._attn_implementation, holder.eager_attention
+    prefix, added_prefixes = holder.forward(key, value)
     if prefix is None:
         output, weights = attend_as_base(
             module, query, key, value, attention_mask, implementation=implementation, eager=eager, **kwargs
         )
-    elif implementation == "sdpa" and "cache" not in kwargs:
-        output, weights = _merge_or_concatenate(
-            implementation, eager, module, query, key, value, attention_mask, prefix, prefix_query, kwargs
-        )
     else:
-        output, weights = _attend_with_prefix(
+        prefix, prefix_query = _met(holder, prefix, query, positions)
+        call = AttentionCall(
             implementation, eager, module, query, key, value, attention_mask, prefix, prefix_query, kwargs
         )
+        is_plain = implementation == "sdpa" and "cache" not in kwargs
+        output, weights = _merge_or_concatenate(call) if is_plain else _attend_with_prefix(call)
     for added in added_prefixes:
-        added_query = layer.queries(query, added.reads, positions)
+        added, added_query = _met(holder, added, query, positions)
         output = output + added_attention(added_query, added, kwargs.get("scaling")).reshape(output.shape)
     return output, weights
 
 
-def _attend_with_prefix(
-    implementation: str,
-    eager: AttentionFunction,
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Any,
-    prefix: Prefix,
-    prefix_query: torch.Tensor,
-    kwargs: dict[str, Any],
-) -> AttentionOutput:
+def _met(
+    holder: PrefixHolder, prefix: Prefix, query: torch.Tensor, positions: PositionEmbeddings | None
+) -> tuple[Prefix, torch.Tensor]:
+    """A prefix, or the same one turned to the queries' position, and the queries that it reads."""
+    if prefix.reads == "rotated":
+        return prefix, query
+    if prefix.turned is not None and positions is not None and query.shape[2] == 1:
+        turned = prefix.turned(positions, query.shape[0])
+        if turned is not None:
+            return turned, query
+    return prefix, holder.queries(query, prefix.reads, positions)
+
+
+def _attend_with_prefix(call: AttentionCall) -> AttentionOutput:
+    """Attend by another implementation than sdpa, or with a paged cache."""
+    implementation, eager, module, query, key, value, mask, prefix, _, kwargs = call
     family = attention_family(implementation)
     cache = kwargs.pop("cache", None)
     if cache is not None:
@@ -208,23 +136,21 @@ def _attend_with_prefix(
         implementation = implementation.removeprefix("paged|")
     if family == "flash":
         if mask is not None and mask.shape[-1] < key.shape[2]:
-            key, value = (
-                key[:, :, : mask.shape[-1]],
-                value[:, :, : mask.shape[-1]],
-            )  # the unused rest of a static cache
+            # the unused rest of a static cache
+            key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
         if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.key.shape[1]):
             attend = partial(attend_as_base, implementation=implementation, eager=eager)
-            return concatenated_flash_attention(attend, module, query, key, value, mask, prefix, **kwargs)
+            return concatenated_flash_attention(attend, call._replace(key=key, value=value))
         mask = None if flash_mask.is_implied() and not _is_special(kwargs) else flash_mask.dense()
     elif family == "flex":
         mask = dense_flex_mask(mask, query, key)
     if family in ("flash", "flex"):
         # written out, the mask is one that sdpa reads; soft-capping and sinks are what only eager attention has besides
-        implementation = family = "eager" if _is_special(kwargs) else "sdpa"
+        implementation = "eager" if _is_special(kwargs) else "sdpa"
         if implementation == "eager" and mask is not None:
             mask = finite_additive(mask, query.dtype)
-    return _merge_or_concatenate(implementation, eager, module, query, key, value, mask, prefix, prefix_query, kwargs)
+    return _merge_or_concatenate(call._replace(implementation=implementation, key=key, value=value, mask=mask))
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
@@ -232,60 +158,34 @@ def _is_special(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 
 
-def _merge_or_concatenate(
-    implementation: str,
-    eager: AttentionFunction,
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Any,
-    prefix: Prefix,
-    prefix_query: torch.Tensor,
-    kwargs: dict[str, Any],
-) -> AttentionOutput:
+def _merge_or_concatenate(call: AttentionCall) -> AttentionOutput:
     """Attend, the prefix being that of eager attention or sdpa, by whichever way computes it."""
-    if why_concatenate(implementation, query, key, mask, prefix, kwargs) is None:
-        output = _fused_sdpa(module, query, key, value, mask, prefix, prefix_query, kwargs)
-        if output is not None:
-            return output, None
-    attend = partial(attend_as_base, implementation=implementation, eager=eager)
-    none_is_causal = implementation == "sdpa"
-    return concatenated_attention(
-        attend, none_is_causal, module, query, key, value, mask, prefix, prefix_query, **kwargs
-    )
+    if why_concatenate(call) is None:
+        # `query.device.type` makes its string anew each time, which takes longer than an operation on a token's tensors
+        device = "cpu" if call.query.is_cpu else call.query.device.type
+        read = _as_sdpa_reads(call, device)
+        # one kernel serves both parts, and so must take the masks of both
+        mask = read.prefix.mask if read.mask is None else read.mask
+        kernel = find_kernel(device, read.query, read.key, read.value, mask, read.is_causal)
+        if kernel is not None:
+            return fused_attention(kernel, read), None
+    return concatenated_attention(partial(attend_as_base, implementation=call.implementation, eager=call.eager), call)
 
 
-def _fused_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    prefix: Prefix,
-    prefix_query: torch.Tensor,
-    kwargs: dict[str, Any],
-) -> torch.Tensor | None:
-    """Compute what transformers' sdpa computes on the concatenated keys and values, or return `None` without a kernel."""
-    # `query.device.type` makes its string anew each time, which takes longer than an operation on a token's tensors
-    device = "cpu" if query.is_cpu else query.device.type
+def _as_sdpa_reads(call: AttentionCall, device: str) -> AttentionCall:
+    """Bring a call to what transformers' sdpa attention makes of it: one dtype, a finite mask, and no keys beyond a causal one's end."""
+    _, _, _, query, key, value, mask, prefix, prefix_query, _ = call
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        is_same = prefix_query is query
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        prefix_query = query if is_same else prefix_query.to(dtype)
-    is_causal = mask is None and query.shape[2] > 1 and is_causal_call(module, kwargs.get("is_causal"))
-    if is_causal and key.shape[2] > query.shape[2]:
+        own_query = query.to(dtype)
+        prefix_query = own_query if prefix_query is query else prefix_query.to(dtype)
+        call = call._replace(query=own_query, key=key.to(dtype), value=value.to(dtype), prefix_query=prefix_query)
+    if key.shape[2] > query.shape[2] and call.is_causal:
         # the first pass over an empty static cache: its unused rest comes after the last query
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    # one kernel serves both parts, and so must take the masks of both
-    kernel = find_kernel(device, query, key, value, prefix.mask if mask is None else mask, is_causal)
-    if kernel is None:
-        return None
+        tokens = query.shape[2]
+        call = call._replace(key=call.key[:, :, :tokens], value=call.value[:, :, :tokens])
     if mask is not None:
-        mask = finite_additive(mask, query.dtype)
-    if prefix.key.dtype != key.dtype or prefix.value.dtype != value.dtype:
-        prefix = prefix.to(key, value)
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return fused_attention(kernel, query, key, value, mask, is_causal, scale, prefix, prefix_query)
+        call = call._replace(mask=finite_additive(mask, call.query.dtype))
+    if prefix.key.dtype != call.key.dtype or prefix.value.dtype != call.value.dtype:
+        call = call._replace(prefix=prefix.to(call.key, call.value))
+    return call

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .call import AttentionCall
 from .kernels import AttentionKernel
 from .masks import finite_additive
-from .prefix import Prefix
 
 
-class _Call(NamedTuple):
+class _KernelCall(NamedTuple):
     """How the kernel is called: everything that is not differentiated."""
 
     kernel: AttentionKernel
@@ -33,56 +33,32 @@ class _Call(NamedTuple):
     prefix_mask: torch.Tensor | None
 
 
-def fused_attention(
-    kernel: AttentionKernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    prefix: Prefix,
-    prefix_query: torch.Tensor,
-) -> torch.Tensor:
+def fused_attention(kernel: AttentionKernel, call: AttentionCall) -> torch.Tensor:
     """
     softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V], by merging the kernel's attention over K, V with that over the prefix.
 
     Args:
         kernel: The attention kernel for the real keys and values.
-        query: Shape (batch, query_heads, tokens, key_dim).
-        key: Shape (batch, kv_heads, kv_tokens, key_dim).
-        value: Shape (batch, kv_heads, kv_tokens, value_dim), value_dim ≤ key_dim.
-        mask: Additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens), or `None`.
-        is_causal: Whether a query sees the key of its own index and those before it; only without a mask.
-        scale: s.
-        prefix: The prefix, a joint one, in the dtype of the keys and values.
-        prefix_query: The queries that it reads, shaped as `query`: the same tensor, or the same queries otherwise rotated.
+        call: The call, all of one dtype, value_dim ≤ key_dim. Its mask is additive and finite, (1 or batch, 1 or query_heads,
+            tokens, kv_tokens), or `None`; its prefix reads one kind of queries.
 
     Returns:
         Shape (batch, tokens, query_heads, value_dim), contiguous.
     """
+    _, _, _, query, key, value, mask, prefix, prefix_query, _ = call
     inputs = (query, key, value, prefix.key, prefix.value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, prefix_query)):
         own_query = None if prefix_query is query else prefix_query
-        call = _Call(kernel, mask, is_causal, scale, prefix.mask)
-        output = _FusedAttention.apply(*inputs, own_query, call)  # type: ignore[no-untyped-call]
+        how = _KernelCall(kernel, mask, call.is_causal, call.scale, prefix.mask)
+        output = _FusedAttention.apply(*inputs, own_query, how)  # type: ignore[no-untyped-call]
     else:
-        output = _infer(kernel, query, key, value, mask, is_causal, scale, prefix, prefix_query)
+        output = _infer(kernel, call)
     return output.transpose(1, 2).contiguous()
 
 
-def _infer(
-    kernel: AttentionKernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    prefix: Prefix,
-    prefix_query: torch.Tensor,
-) -> torch.Tensor:
+def _infer(kernel: AttentionKernel, call: AttentionCall) -> torch.Tensor:
     """Merge two calls of the kernel: for a single query, that is faster than matrix products."""
+    _, _, _, query, key, value, mask, prefix, prefix_query, _ = call
     prefix_key, prefix_value, prefix_mask = prefix.for_rows(query.shape[0])
     width = value.shape[-1]
     is_narrow = width != key.shape[-1]
@@ -90,8 +66,9 @@ def _infer(
         value, prefix_value = _widened(value, key), _widened(prefix_value, prefix_key)
     if prefix_mask is not None:
         prefix_mask = finite_additive(prefix_mask.expand(-1, -1, query.shape[2], -1), query.dtype)
+    scale = call.scale
     # the kernels are no operations that autocast knows of
-    output, lse, _ = kernel.forward(query, key, value, mask, is_causal, scale)
+    output, lse, _ = kernel.forward(query, key, value, mask, call.is_causal, scale)
     attended, prefix_lse, _ = kernel.forward(prefix_query, prefix_key, prefix_value, prefix_mask, False, scale)
     weight = prefix_lse.sub_(lse).sigmoid_().unsqueeze(-1)
     output = output.lerp_(attended, _cast(weight, output.dtype))
@@ -108,7 +85,7 @@ class _FusedAttention(torch.autograd.Function):
         prefix_key: torch.Tensor,
         prefix_value: torch.Tensor,
         own_query: torch.Tensor | None,
-        call: _Call,
+        call: _KernelCall,
     ) -> torch.Tensor:
         prefix_query = query if own_query is None else own_query
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
@@ -183,7 +160,7 @@ def _per_query_head(prefix: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return _cast(repeated, torch.promote_types(prefix.dtype, torch.float32))
 
 
-def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _Call) -> torch.Tensor:
+def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _KernelCall) -> torch.Tensor:
     """s · Q P_Kᵀ, (query_heads, rows, prefix_tokens)."""
     scores = torch.bmm(_cast(_fold(query), head_key.dtype), (head_key * call.scale).transpose(1, 2))
     if call.prefix_mask is not None:
@@ -209,7 +186,7 @@ def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
 
 
-def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _Call) -> tuple[Any, ...]:
+def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _KernelCall) -> tuple[Any, ...]:
     """What the kernel is called with for the real tokens."""
     return query, key, _widened(value, key), call.mask, call.is_causal, call.scale
 

@@ -1,388 +1,47 @@
-"""Attention with a prefix in modules that compute attention themselves, without transformers' attention interface.
+"""
+Modules that compute attention themselves, without transformers' attention interface: how their forward is followed.
 
-Older modules write the formula out: a product of queries and keys, scaling, biases and masks, a softmax, a product with the
-values. While such a module runs, and in it alone, PyTorch hands its operations to [`InlineAttention`], which follows the
-scores from the first product to the last. Nothing changes up to the softmax: there the prefix's own scores, with the same
-scaling and no bias, join those of the real tokens, and what the prefix's probabilities make of its values is added to the
-last product. Masks, position biases, ALiBi and the cache are the module's own and know nothing of it.
-
-An operation on the scores that is not known here ends the following, and the module counts as none that can be prefixed:
-the probe finds this out, before anything is changed.
+inline_mode.py says how the prefix gets in.
 """
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import (  # type: ignore[attr-defined]
-    TorchFunctionMode,
     _get_current_function_mode,
     _len_torch_function_stack,
     _pop_mode,
     _push_mode,
 )
 
-from .added import added_attention
-from .concatenated import concatenated_attention
-from .masks import finite_additive
-from .observed import Observer, prefix_probabilities
-from .prefix import Prefix
+from .holder import PrefixHolder
+from .inline_mode import InlineAttention
+from .observed import Observer
 from .watching import THREAD
 
 
-PrefixSource = Callable[[torch.Tensor, torch.Tensor], tuple[Prefix | None, tuple[Prefix, ...]]]
-"""Called with keys (batch, kv_heads, kv_tokens, key_dim) and values: the joint prefix, and those added to it."""
-
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
-"""What attention modules call the number of their query heads."""
-
-# What is known of single classes, by name: --------------------------------------------------------------------------------
-
-UNSUPPORTED = {
-    "BigBirdBlockSparseAttention": (
-        "block-sparse attention, which the model itself replaces by another module as soon as an input is short: make the "
-        "model with attention_type='original_full'"
-    ),
-    "BigBirdPegasusBlockSparseAttention": (
-        "block-sparse attention, which the model itself replaces by another module as soon as an input is short: make the "
-        "model with attention_type='original_full'"
-    ),
-    "NystromformerSelfAttention": "attention over landmarks, the means of segments, as soon as an input is long",
-}
-"""Modules whose models are refused, with what is computed there instead of attention over tokens."""
-
-NOT_OVER_TOKENS = {
-    "Inkling2BlockAttentionResidual",  # a token's mix of the outputs of earlier layers
-}
-"""Modules that compute the formula, but not over tokens."""
-
-OTHER_SOFTMAXES = {
-    "ConvBertSelfAttention": 1,  # over the kernel of its convolution
-}
-"""How many softmaxes a module takes beside that of attention."""
-
-ALIBI = {"BloomAttention", "FalconAttention", "MptAttention"}
-"""
-Modules whose ALiBi bias counts a key's position from the start or the end of the text. The paper (arXiv 2108.12409) counts
-from the query, a difference that the softmax does not see: it is the same for a query's every key. A prefix sees it. It is
-put at no distance from any query, which is to say, at that of the query itself, the nearest of the keys that it may see.
-"""
-
-# Operations by their names without underscores: `Tensor.__itruediv__` is "itruediv".
-PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm"}
-SCALINGS = {"mul", "imul", "multiply", "div", "truediv", "itruediv", "divide"}
-BIASES = {"add", "radd", "iadd", "masked_fill", "where", "max", "maximum", "clamp"}
-RESHAPES = {"view", "reshape", "contiguous", "to", "float", "type", "type_as", "unsqueeze", "squeeze", "clone"}
-PROBABILITY_KEEPING = {*RESHAPES, "masked_fill"}
-TRANSPOSES = {"transpose", "permute"}
-SOFTMAXES = {"softmax", "scaled_dot_product_attention"}
-
-
-def _known_operations() -> dict[Any, str]:
-    """The functions that are called by the names above."""
-    known = PRODUCTS | SCALINGS | BIASES | RESHAPES | TRANSPOSES | SOFTMAXES | {"dropout"}
-    names = [(owner, name) for owner in (torch, torch.Tensor, nn.functional) for name in dir(owner)]
-    functions = {getattr(owner, name): name.strip("_") for owner, name in names if name.strip("_") in known}
-    return {function: name for function, name in functions.items() if callable(function)}
-
-
-OPERATIONS = _known_operations()
-"""Their names by function: torch.compile can look a function up, but not handle its name."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """
-    Scores of real tokens, followed up to the softmax.
-
-    Attributes:
-        query (`torch.Tensor`): Shape (batch, query_heads, tokens, key_dim) or (batch · query_heads, tokens, key_dim).
-        key (`torch.Tensor`): The keys, transposed: (batch, kv_heads, key_dim, kv_tokens), or with merged heads.
-        scale (`float` or `torch.Tensor`): What the product of the two has been multiplied with so far.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    scale: Any
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """
-    What the softmax made of scores.
-
-    Attributes:
-        scores (`Scores`): The scores.
-        of_prefix (`torch.Tensor`, *optional*): Probabilities of the prefix, (…, tokens, prefix_tokens).
-        prefix (`Prefix`, *optional*): The prefix that shares the softmax with the real tokens.
-        added (`tuple[Prefix, ...]`): The prefixes that do not share its softmax.
-    """
-
-    scores: Scores
-    of_prefix: torch.Tensor | None = None
-    prefix: Prefix | None = None
-    added: tuple[Prefix, ...] = ()
-
-
-def operation_name(func: Any) -> str:
-    """The name of an operation, without underscores; while compiling, empty for one that is not known here."""
-    name = OPERATIONS.get(func)
-    if name is not None:
-        return name
-    return "" if torch.compiler.is_compiling() else getattr(func, "__name__", "").strip("_")
-
-
-@cache
-def may_compute_attention(module_class: type[nn.Module]) -> bool:
-    """Whether a class's own functions take a softmax. Whether that is attention's, [`InlineAttention`] has to tell."""
-    if module_class.__name__ in NOT_OVER_TOKENS:
-        return False
-    names = {"softmax", "Softmax", "scaled_dot_product_attention"}
-    own_classes = [
-        cls for cls in module_class.__mro__ if cls is not object and not cls.__module__.startswith("torch.")
-    ]
-    functions = [
-        inspect.unwrap(item) for cls in own_classes for item in vars(cls).values() if inspect.isfunction(item)
-    ]
-    return any(names.intersection(function.__code__.co_names) for function in functions)
-
-
-class InlineAttention(TorchFunctionMode):
-    """
-    Follows the scores through the operations of one forward of one module, and lets prefixes take part.
-
-    Args:
-        module (`nn.Module`): The module.
-        source (`PrefixSource`, *optional*): Where prefixes come from. Without it, what is computed stays the same.
-        observe (`Observer`, *optional*): Told of the attention that falls on the prefix.
-
-    Attributes:
-        attended (`list`): Of every computation of attention that was followed to its end, the queries (batch,
-            query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the scores.
-        num_softmaxes (`int`): How many softmaxes were taken.
-        lost_at (`list[str]`): The operations at which scores could not be followed further.
-        is_over (`bool`): Whether the forward has ended. From then on nothing is followed.
-    """
-
-    def __init__(self, module: nn.Module, source: PrefixSource | None = None, observe: Observer | None = None) -> None:
-        super().__init__()
-        self.module = module
-        self.source = source
-        self.observe = observe
-        self.attended: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]] = []
-        self.num_softmaxes = 0
-        self.lost_at: list[str] = []
-        self.is_over = False
-        # by id, with the tensors themselves: an id must not be given to another tensor meanwhile
-        self._followed: dict[int, tuple[torch.Tensor, Scores | Probabilities]] = {}
-        self._factors: dict[int, tuple[torch.Tensor, Any]] = {}
-
-    def is_complete(self) -> bool:
-        """Whether the module computed attention once, and nothing else with a softmax."""
-        others = OTHER_SOFTMAXES.get(type(self.module).__name__, 0)
-        return len(self.attended) == 1 and self.num_softmaxes == 1 + others
-
-    def obstacle(self) -> str:
-        """Why the module's attention, if it is attention, is not complete."""
-        if self.lost_at:
-            return f"its products go through {', '.join(dict.fromkeys(self.lost_at))}"
-        return f"of its softmaxes, {self.num_softmaxes} in all, {len(self.attended)} are of the attention formula"
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.is_over:
-            return func(*args, **kwargs)
-        name = operation_name(func)
-        if name in PRODUCTS:
-            return self._product(name, func, args, kwargs)
-        if name == "softmax":
-            return self._softmax(func, args, kwargs)
-        if name == "scaled_dot_product_attention":
-            return self._scaled_dot_product_attention(func, *args, **kwargs)
-        result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            sources = {id(item): item for item in (*args, *kwargs.values()) if id(item) in self._followed}
-            if len(sources) == 1:
-                return self._follow(name, func, args, kwargs, next(iter(sources.values())), result)
-            self._keep_factor(name, args, result)
-        return result
-
-    # ------------------------------------------------------------------------------------------------ following
-
-    def _remember(self, tensor: torch.Tensor, state: Scores | Probabilities) -> None:
-        self._followed[id(tensor)] = (tensor, state)
-
-    def _follow(
-        self, name: str, func: Any, args: Any, kwargs: Any, source: torch.Tensor, result: torch.Tensor
-    ) -> torch.Tensor:
-        """Say what the result of an operation on scores or probabilities is, if it still is such."""
-        state = self._followed[id(source)][1]
-        has_their_keys = result.shape[-1:] == source.shape[-1:]  # a maximum over all of them has no dims
-        if result is source:
-            del self._followed[id(source)]
-        if isinstance(state, Probabilities):
-            if name == "dropout" and args and args[0] is source:
-                if state.of_prefix is not None:
-                    # with the same scaling, and a choice of its own, as each probability has
-                    state = replace(state, of_prefix=func(state.of_prefix, *args[1:], **kwargs))
-                self._remember(result, state)
-            elif name in PROBABILITY_KEEPING and has_their_keys:
-                self._remember(result, state)
-        elif has_their_keys and result.numel() == source.numel():
-            factor = _scalar_factor(name, args)
-            if factor is not None:
-                self._remember(result, replace(state, scale=state.scale * factor))
-            elif name in BIASES or name in RESHAPES:
-                self._remember(result, state)
-            elif name not in TRANSPOSES:  # as is done to products that are no scores: the output
-                self.lost_at.append(name)
-        elif name not in TRANSPOSES:
-            self.lost_at.append(name)
-        return result
-
-    def _keep_factor(self, name: str, args: Any, result: torch.Tensor) -> None:
-        """Some modules scale the keys instead of the scores: remember the number that a tensor was multiplied with."""
-        entry = self._factors.get(id(args[0])) if args else None
-        factor = _scalar_factor(name, args)
-        if factor is not None:
-            self._factors[id(result)] = (result, factor if entry is None else entry[1] * factor)
-        elif entry is not None and (name in RESHAPES or name in TRANSPOSES):
-            self._factors[id(result)] = (result, entry[1])
-
-    # ------------------------------------------------------------------------------------------------ the formula
-
-    def _product(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        left, right = _operands(name, args, kwargs)
-        if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
-            return result
-        state = self._followed.get(id(left), (None, None))[1]
-        if isinstance(state, Probabilities):
-            return self._attend(state, right, result)
-        is_parameter = isinstance(left, nn.Parameter) or isinstance(right, nn.Parameter)
-        if left.dim() == right.dim() == result.dim() and left.dim() in (3, 4) and not is_parameter:
-            factor = self._factors.get(id(right), (None, 1.0))[1]
-            self._remember(result, Scores(left, right, kwargs.get("alpha", 1.0) * factor))
-        return result
-
-    def _softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """softmax over the scores of [P ; X]; what is returned are the probabilities of X."""
-        self.num_softmaxes += 1
-        scores, *rest = args if args else (kwargs.pop("input"),)
-        state = self._followed.get(id(scores), (None, None))[1]
-        dim = kwargs.get("dim", rest[0] if rest else None)
-        if not isinstance(state, Scores) or dim not in (-1, scores.dim() - 1):
-            return func(scores, *rest, **kwargs)
-        key = self._heads_apart(state.key).transpose(-1, -2)
-        prefix, added = (None, ()) if self.source is None else self.source(key, key)
-        of_prefix = None
-        if prefix is None:
-            of_real = func(scores, *rest, **kwargs)
-        else:
-            prefix_scores = self._prefix_scores(state, prefix, scores)
-            length = prefix_scores.shape[-1]
-            of_all = func(torch.cat([prefix_scores, scores], dim=-1), *rest, **kwargs)
-            of_prefix, of_real = of_all[..., :length], of_all[..., length:]
-        self._remember(of_real, Probabilities(state, of_prefix, prefix, added))
-        return of_real
-
-    def _prefix_scores(self, state: Scores, prefix: Prefix, scores: torch.Tensor) -> torch.Tensor:
-        """s · Q P_Kᵀ, (…, tokens, prefix_tokens), in the shape and dtype of the real tokens' scores."""
-        query = self._heads_apart(state.query)
-        prefix_scores = query @ prefix.key.to(query.dtype).transpose(-1, -2) * state.scale
-        if type(self.module).__name__ in ALIBI:
-            bias = (
-                scores.reshape(*query.shape[:-1], scores.shape[-1])
-                - query @ self._heads_apart(state.key) * state.scale
-            )
-            prefix_scores = prefix_scores + _largest_bias(bias)
-        if prefix.mask is not None:
-            prefix_scores = prefix_scores + finite_additive(prefix.mask, prefix_scores.dtype)[:, None, None, :]
-        return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], prefix.key.shape[1])
-
-    def _attend(self, state: Probabilities, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add what the prefix gives to the product of probabilities and real values."""
-        query, key = self._heads_apart(state.scores.query), self._heads_apart(state.scores.key).transpose(-1, -2)
-        self.attended.append((query, key, self._heads_apart(value), state.scores.scale))
-        if state.prefix is not None and state.of_prefix is not None:
-            probabilities = state.of_prefix.reshape(*query.shape[:-1], state.of_prefix.shape[-1])
-            attended = probabilities @ state.prefix.value.to(probabilities.dtype)
-            output = output + attended.to(output.dtype).reshape(output.shape)
-            if self.observe is not None:
-                self.observe(probabilities)
-        elif self.observe is not None and state.added:
-            self.observe(None)
-        for added in state.added:
-            attended = added_attention(query, added.to(query, value), state.scores.scale).transpose(1, 2)
-            output = output + attended.to(output.dtype).reshape(output.shape)
-        return output
-
-    def _scaled_dot_product_attention(
-        self,
-        func: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The formula in one call, (batch, heads, tokens, dim): with a prefix, by concatenation."""
-        self.num_softmaxes += 1
-        self.attended.append((query, key, value, query.shape[-1] ** -0.5 if scale is None else scale))
-        prefix, added_prefixes = (None, ()) if self.source is None else self.source(key, value)
-
-        def attend(module: nn.Module, *tensors: torch.Tensor | None, is_causal: bool = False) -> Any:
-            return func(*tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs), None
-
-        if prefix is None:
-            output = attend(self.module, query, key, value, attn_mask, is_causal=is_causal)[0]
-        else:
-            causal_mask = {"is_causal": True} if is_causal else {}
-            if attn_mask is not None and attn_mask.is_floating_point() and type(self.module).__name__ in ALIBI:
-                attn_mask = attn_mask - _largest_bias(attn_mask)  # so that the prefix's bias of zero is the largest
-            output = concatenated_attention(
-                lambda *tensors, **_: attend(*tensors), is_causal, self.module, query, key, value, attn_mask, prefix, query,
-                **causal_mask,
-            )[0]  # fmt: skip
-            if self.observe is not None:
-                self.observe(prefix_probabilities(query, key, prefix, query, attn_mask, is_causal, scale))
-        if prefix is None and added_prefixes and self.observe is not None:
-            self.observe(None)
-        for added in added_prefixes:
-            output = output + added_attention(query, added, scale).transpose(1, 2)
-        return output
-
-    def _heads_apart(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Bring (batch · heads, …) to (batch, heads, …)."""
-        if tensor.dim() == 4:
-            return tensor
-        counts = (getattr(self.module, name, None) for name in HEAD_COUNTS)
-        heads = next((count for count in counts if isinstance(count, int)), 1)
-        return tensor.unflatten(0, (-1, heads))
-
-
-def follow(module: nn.Module) -> None:
+def follow(module: nn.Module, child: str) -> None:
     """
     Let a module's prefixes take part in its forward, until [`unfollow`].
 
     The module gets another class, of the same name, whose forward runs the one of its own class under an
     [`InlineAttention`]. Hooks would not do: those after a forward do not run where Ctrl-C ends it, and would leave the mode in
     place for all that the thread computes from then on.
+
+    Args:
+        module (`nn.Module`): The module.
+        child (`str`): The name of its child that is the [`PrefixHolder`]; without one, only watchers take part.
     """
     followed: type = type(module)
     if any("_followed" in vars(each) for each in followed.__mro__):
         return  # another tool (FSDP) has put a class of its own on top, and kept ours
-    own = _followed_class(followed)
+    own = _followed_class(followed, child)
     module.__class__ = own
     _rebind(module, followed, own)
 
@@ -404,7 +63,7 @@ def _rebind(module: nn.Module, old: Any, new: Any) -> None:
 
 
 @cache
-def _followed_class(module_class: Any) -> Any:
+def _followed_class(module_class: Any, child: str) -> Any:
     """The class whose modules are those of another class, with prefixes."""
 
     @wraps(module_class.forward)
@@ -417,16 +76,22 @@ def _followed_class(module_class: Any) -> Any:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         _, _, *state = module_class.__reduce_ex__(self, protocol)
-        return _new_followed, (module_class,), *state
+        return _new_followed, (module_class, child), *state
 
     names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    attributes = {**names, "_followed": module_class, "forward": forward, "__reduce_ex__": reduce}
+    attributes = {
+        **names,
+        "_followed": module_class,
+        "_prefix_child": child,
+        "forward": forward,
+        "__reduce_ex__": reduce,
+    }
     return type(module_class.__name__, (module_class,), attributes)
 
 
-def _new_followed(module_class: Any) -> Any:
+def _new_followed(module_class: Any, child: str) -> Any:
     """Where a copy or an unpickled module starts from."""
-    followed_class = _followed_class(module_class)
+    followed_class = _followed_class(module_class, child)
     return followed_class.__new__(followed_class)
 
 
@@ -437,7 +102,7 @@ def attend_inline(
     Run a module's forward with the prefixes of its active adapters.
 
     Args:
-        module: An attention module that carries a [`PrefixPlusLayer`].
+        module: An attention module under [`follow`].
         forward: The forward of its class.
         args: The forward's arguments.
         kwargs: Those by keyword.
@@ -446,10 +111,10 @@ def attend_inline(
     Raises:
         RuntimeError: If the module computes attention in another way than when the adapter was added.
     """
-    layer = module._modules.get("prefix_plus")
-    if layer is None or not layer.has_prefix():
+    holder: PrefixHolder | None = module._modules.get(type(module)._prefix_child)
+    if holder is None or not holder.has_prefix():
         return forward(module, *args, **kwargs)
-    mode = InlineAttention(module, layer, observe)
+    mode = InlineAttention(module, holder.forward, observe)
     output = run_under(mode, forward, args, kwargs)
     require_complete(mode)
     return output
@@ -486,32 +151,3 @@ def require_complete(mode: InlineAttention) -> None:
             f"{type(mode.module).__name__} computed attention in another way than when the adapter was added, and its "
             f"prefix did not get in: {mode.obstacle()}. Call it with the arguments and in the mode that it had then."
         )
-
-
-def _largest_bias(bias: torch.Tensor) -> torch.Tensor:
-    """The largest bias of each query's keys (…, tokens, 1), and zero where a query sees none."""
-    largest = bias.detach().amax(dim=-1, keepdim=True)
-    return largest.masked_fill(largest < torch.finfo(bias.dtype).min / 2, 0.0)
-
-
-def _operands(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The two factors of a product."""
-    names = {"baddbmm": ("input", "batch1", "batch2"), "bmm": ("input", "mat2")}.get(name, ("input", "other"))
-    values = [*args, *(kwargs[each] for each in names[len(args) :] if each in kwargs)]
-    if len(values) < 2:
-        return None, None
-    return (values[1], values[0]) if name == "rmatmul" else (values[-2], values[-1])
-
-
-def _scalar_factor(name: str, args: Any) -> Any:
-    """The number that an operation multiplies its first argument with, or `None`."""
-    if name not in SCALINGS or len(args) < 2:
-        return None
-    number = args[1]
-    if isinstance(number, torch.Tensor):
-        if number.numel() != 1:
-            return None
-        number = number.reshape(())
-    elif not isinstance(number, (int, float)):
-        return None
-    return 1.0 / number if "div" in name else number

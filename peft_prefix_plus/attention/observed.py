@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from .base import attention_family
 from .call import AttentionOutput
 from .config_view import model_config
-from .dispatch import attention_family, prefix_attention
+from .dispatch import prefix_attention
+from .holder import holder_of
 from .masks import FlashMask, dense_flex_mask, is_causal_call
 from .prefix import Prefix
 from .rotary import POSITIONS
@@ -39,9 +41,10 @@ def observed_attention(
     with unwatched():
         output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     positions = kwargs.pop(POSITIONS, None)
-    prefix, added_prefixes = module.prefix_plus(key, value)
+    holder = holder_of(module)
+    prefix, added_prefixes = holder.forward(key, value)
     if prefix is not None:
-        prefix_query = module.prefix_plus.queries(query, prefix.reads, positions)
+        prefix_query = holder.queries(query, prefix.reads, positions)
         observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
     elif added_prefixes:
         observe(None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -28,6 +29,8 @@ class Prefix:
         is_decoupled (`bool`): Whether the prefix is added to the base model's attention without a softmax.
         reads (`str`): Which queries the keys meet: `"rotated"` ones, as they come from the module; `"unrotated"`, where RoPE has
             been undone; or `"both"`, one after the other, (…, 2 · key_dim), the keys being as wide.
+        turned (`Callable`, *optional*): Called with the position embeddings of a single query in every row and the number of
+            rows, it returns the prefix that meets this query, rotated, as this one meets it unrotated: see [`TurnedPrefixes`].
     """
 
     key: torch.Tensor
@@ -36,6 +39,7 @@ class Prefix:
     gate: torch.Tensor | None = None
     is_decoupled: bool = False
     reads: str = "rotated"
+    turned: Callable[[Any, int], Prefix | None] | None = field(default=None, repr=False, compare=False)
     _rows: list[tuple[int, PrefixOfRows]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -54,6 +58,16 @@ class Prefix:
             self._rows[:] = [(batch, (self.key.expand(sizes), self.value.expand(sizes), mask))]
         return self._rows[0][1]
 
+    def turned_to(self, key: torch.Tensor, key_of_rows: torch.Tensor) -> Prefix:
+        """
+        Return the same prefix with keys, (kv_heads, prefix_tokens, key_dim), that meet rotated queries. They come with
+        what [`Prefix.for_rows`] makes of them, (batch, kv_heads, prefix_tokens, key_dim).
+        """
+        turned = Prefix(key, self.value, self.mask, self.gate, self.is_decoupled)
+        _, value, mask = self.for_rows(key_of_rows.shape[0])
+        turned._rows.append((key_of_rows.shape[0], (key_of_rows, value, mask)))
+        return turned
+
     def to(self, key: torch.Tensor, value: torch.Tensor) -> Prefix:
         """Bring the prefix to the dtype and device of the real keys and values."""
         return Prefix(
@@ -71,6 +85,10 @@ class Prefix:
             return self
         width = self.key.shape[-1]
         return replace(self, key=pad(self.key, (0, width) if self.reads == "rotated" else (width, 0)), reads="both")
+
+
+ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
+"""The prefix that shares a softmax with the real tokens, or `None`, and the prefixes that are added to its attention."""
 
 
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .planes import factors_of_dims, turn_back
+
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """
@@ -66,7 +68,7 @@ class QueryRotation:
             `torch.Tensor`: Of the same shape. Where the embeddings have a factor on the scores (YaRN, arXiv 2309.00071), it has
             that factor squared: as a query at a key's own position would have in their product.
         """
-        return self.undo_by(states, *self.factors(states, position_embeddings))
+        return self.undo_by(states, *self.factors(states, position_embeddings, states.shape[2]))
 
     def undo_by(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """As [`QueryRotation.undo`], by what [`QueryRotation.factors`] has made of the embeddings."""
@@ -75,32 +77,33 @@ class QueryRotation:
         if rest:
             sizes = (rest, width) if self.is_last else (width, rest)
             parts = list(states.split(sizes, dim=-1))
-            parts[self.is_last] = self._turned(parts[self.is_last], cos, sin)
+            parts[self.is_last] = turn_back(parts[self.is_last], cos, sin, self.is_interleaved)
             return torch.cat(parts, dim=-1)
-        return self._turned(states, cos, sin)
+        return turn_back(states, cos, sin, self.is_interleaved)
 
-    def _turned(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        if self.is_interleaved:
-            partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        else:
-            partners = states.roll(states.shape[-1] // 2, -1)
-        return torch.addcmul(states * cos, partners, sin)
+    def follow(self, keys: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
+        """
+        Turn keys (…, tokens, dim) to the last position, so that queries rotated by it meet them as [`QueryRotation.undo`] lets
+        unrotated queries meet the keys as they are.
+
+        Args:
+            keys (`torch.Tensor`): The keys.
+            position_embeddings (`PositionEmbeddings`): What the queries were rotated by, of one row.
+        """
+        cos, sin = self.factors(keys, position_embeddings, 1)
+        return self.undo_by(keys, cos, -sin)
 
     def factors(
-        self, states: torch.Tensor, position_embeddings: PositionEmbeddings
+        self, states: torch.Tensor, position_embeddings: PositionEmbeddings, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What each rotated dim, and its partner in the plane, are multiplied with, (batch, 1, tokens, rotated dims) each.
+        What each rotated dim, and its partner in the plane, are multiplied with at the last positions, (batch, 1, tokens,
+        rotated dims) each, in the dtype of the states.
         """
         if isinstance(position_embeddings, torch.Tensor):
             position_embeddings = position_embeddings.real, position_embeddings.imag
-        tokens = states.shape[2]
         cos, sin = (self._of_planes(each[:, -tokens:]).to(states.device, states.dtype) for each in position_embeddings)
-        if self.is_clockwise:
-            sin = -sin
-        if self.is_interleaved:
-            return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
+        return factors_of_dims(cos, -sin if self.is_clockwise else sin, self.is_interleaved)
 
     def _of_planes(self, embedding: torch.Tensor) -> torch.Tensor:
         """One number per plane, (batch, 1, tokens, planes)."""

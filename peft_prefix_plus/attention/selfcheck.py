@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from . import kernels
+from .call import AttentionCall
 from .concatenated import concatenated_attention
 from .fused import fused_attention
 from .kernels import AttentionKernel
@@ -197,26 +198,28 @@ def _fused(
     kernel: AttentionKernel, case: _Case, inputs: list[torch.Tensor], is_training: bool
 ) -> dict[str, torch.Tensor]:
     """The results of the fused way, by name."""
-    query, key, value, prefix_key, prefix_value, *own = inputs
-    mask = None if case.mask is None else finite_additive(case.mask.to(query.device), query.dtype)
-    prefix = Prefix(prefix_key, prefix_value, None if case.prefix_mask is None else case.prefix_mask.to(query.device))
-    prefix_query = own[0] if own else query
+    mask = None if case.mask is None else finite_additive(case.mask.to(inputs[0].device), inputs[0].dtype)
     with torch.set_grad_enabled(is_training):
-        output = fused_attention(kernel, query, key, value, mask, case.is_causal, SCALE, prefix, prefix_query)
+        output = fused_attention(kernel, _call(case, inputs, mask))
     return _results(case, output, inputs) if is_training else {"output": output}
 
 
 def _reference(case: _Case) -> dict[str, torch.Tensor]:
     """The results of the concatenating way, by name."""
     inputs = [tensor.requires_grad_() for tensor in case.inputs.values()]
-    query, key, value, prefix_key, prefix_value, *own = inputs
-    prefix = Prefix(prefix_key, prefix_value, case.prefix_mask, reads="unrotated" if own else "rotated")
-    prefix_query = own[0] if own else query
-    options = {"scaling": SCALE, "is_causal": case.is_causal}
-    output, _ = concatenated_attention(
-        _attention, True, nn.Module(), query, key, value, case.mask, prefix, prefix_query, **options
-    )
+    output, _ = concatenated_attention(_attention, _call(case, inputs, case.mask))
     return _results(case, output, inputs)
+
+
+def _call(case: _Case, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> AttentionCall:
+    """The call of an attention function that a computation stands for."""
+    query, key, value, prefix_key, prefix_value, *own = inputs
+    prefix_mask = None if case.prefix_mask is None else case.prefix_mask.to(query.device)
+    prefix = Prefix(prefix_key, prefix_value, prefix_mask, reads="unrotated" if own else "rotated")
+    options = {"scaling": SCALE, "is_causal": case.is_causal}
+    return AttentionCall(
+        "sdpa", _attention, nn.Module(), query, key, value, mask, prefix, own[0] if own else query, options
+    )
 
 
 def _results(case: _Case, output: torch.Tensor, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.planes import factors_of_dims, turn_back
+
 
 ORIGINAL_BASE = 10000.0
 """The base of the frequencies in RoFormer (arXiv 2104.09864), which GPT-J and others have fixed in their code."""
@@ -42,17 +44,10 @@ class Rotation:
             vectors.cpu().double().split([self.offset, size, vectors.shape[-1] - self.offset - size], dim=-1)
         )
         angles = positions * torch.tensor(self.frequencies, dtype=torch.float64)
-        first, second = self._planes(rotated)
-        turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
-        joined = torch.stack(turned, dim=-1).flatten(-2) if self.is_interleaved else torch.cat(turned, dim=-1)
-        return torch.cat([before, joined, after], dim=-1).to(vectors)
-
-    def _planes(self, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first and the second coordinates of all planes, (..., planes) each."""
-        if self.is_interleaved:
-            return rotated[..., ::2], rotated[..., 1::2]
-        first, second = rotated.chunk(2, dim=-1)
-        return first, second
+        # back by the opposite angles
+        cos, sin = factors_of_dims(angles.cos(), -angles.sin(), self.is_interleaved)
+        turned = turn_back(rotated, cos, sin, self.is_interleaved)
+        return torch.cat([before, turned, after], dim=-1).to(vectors)
 
 
 def candidate_rotations(model: nn.Module, key_dim: int) -> list[Rotation]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,7 +128,9 @@ def suggest_layers(
 
     def loss_of(kept: Collection[int]) -> float:
         hidden = [layer for number, layers in members.items() if number not in kept for layer in layers]
-        with _hiding(hidden, adapter_name):
+        with ExitStack() as stack:
+            for layer in hidden:
+                stack.enter_context(layer.hiding(adapter_name))
             return _mean_loss(model, batches, weights)
 
     with evaluating(model):
@@ -272,15 +274,6 @@ def _mean_loss(model: nn.Module, batches: Sequence[Batch], weights: Sequence[int
             raise ValueError(f"{type(base_of(model)).__name__} returns no loss for the inputs {sorted(batch)}.")
         total += loss.item() * weight
     return total / sum(weights)
-
-
-@contextmanager
-def _hiding(layers: Sequence[PrefixPlusLayer], adapter_name: str) -> Iterator[None]:
-    """Leave an adapter out of what is active in some layers, and of nothing else."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.hiding(adapter_name))
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------- choosing

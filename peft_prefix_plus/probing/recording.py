@@ -82,7 +82,7 @@ def _reaching(module: Any) -> Iterator[None]:
         if is_interface:
             set_config(module, ConfigView(config, PROBE_NAME, reads_implementation(type(module))))
         else:
-            follow(module)
+            follow(module, METHOD_NAME)
         yield
     finally:
         if is_interface:

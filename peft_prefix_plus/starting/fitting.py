@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ def _fit_inputs(component: list[_Cell]) -> None:
     """Make the learned inputs of a component the leading left singular vectors of its targets, where they are too many."""
     rows = _grouped(component, "virtual_tokens")
     matrix = _balanced(torch.cat([_wanted(row) for row in rows]), _grouped(rows[0], "output"))
-    weights = [_parameters(row[0].encoder.part("virtual_tokens")).weight for row in rows]
+    weights = [row[0].encoder.part("virtual_tokens").weight for row in rows]
     width, num_rows = weights[0].shape[1], matrix.shape[0]
     if num_rows <= width:
         return  # any full set of inputs can be projected onto the targets exactly: those at random are one
@@ -142,7 +142,7 @@ def _balanced(matrix: torch.Tensor, groups: list[list[_Cell]]) -> torch.Tensor:
 
 def _fit_output(group: list[_Cell]) -> None:
     """Set a projection by least squares on what it reads."""
-    output = _parameters(group[0].encoder.part("output"))
+    output = group[0].encoder.part("output")
     features = torch.cat([cell.encoder.features().cpu().double() for cell in group])
     wanted = torch.cat([cell.target for cell in group])
     if output.bias is not None:
@@ -151,10 +151,6 @@ def _fit_output(group: list[_Cell]) -> None:
     output.weight.copy_(solution[: output.in_features].T)
     if output.bias is not None:
         output.bias.copy_(solution[-1])
-
-
-def _parameters(part: nn.Module) -> Any:
-    return part
 
 
 def _residual(produced: KeyValue, target: KeyValue) -> Residual:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from peft_prefix_plus.attention import Prefix, dispatch
+from peft_prefix_plus.attention import AttentionCall, Prefix, dispatch
 from peft_prefix_plus.attention.config_view import ConfigView
 
 
@@ -306,12 +306,14 @@ def test_an_implementation_whose_mask_is_not_known_is_an_error(name):
 )
 def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
     query, key, _, (prefix,) = tensors()
-    assert dispatch.why_concatenate("sdpa", query, key, None, prefix, kwargs) == reason
-    assert dispatch.why_concatenate("eager", query, key, None, prefix, {}) == "another implementation than sdpa"
-    assert (
-        dispatch.why_concatenate("sdpa", query, key, None, prefix, {"dropout": 0.0, "softcap": None, "scaling": 2.0})
-        is None
-    )
+
+    def why(implementation, kwargs):
+        call = (implementation, eager_attention_forward, None, query, key, None, None, prefix, query, kwargs)
+        return dispatch.why_concatenate(AttentionCall(*call))
+
+    assert why("sdpa", kwargs) == reason
+    assert why("eager", {}) == "another implementation than sdpa"
+    assert why("sdpa", {"dropout": 0.0, "softcap": None, "scaling": 2.0}) is None
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

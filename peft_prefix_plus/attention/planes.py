@@ -1,0 +1,29 @@
+"""The planes that rotary position embeddings turn: the two ways in which the dims of a vector lie in them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def turn_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool) -> torch.Tensor:
+    """
+    Turn every plane of some vectors back by its angle.
+
+    Args:
+        states (`torch.Tensor`): The vectors, (…, dims), two dims per plane.
+        cos (`torch.Tensor`): What each dim is multiplied with, and
+        sin (`torch.Tensor`): its partner in the plane: what [`factors_of_dims`] returns, broadcast against the vectors.
+        is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the dims apart (GPT-NeoX).
+    """
+    if is_interleaved:
+        partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partners = states.roll(states.shape[-1] // 2, -1)
+    return torch.addcmul(states * cos, partners, sin)
+
+
+def factors_of_dims(cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring cosines and sines of planes, (…, planes) each, to the factors of [`turn_back`], (…, dims) each."""
+    if is_interleaved:
+        return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
