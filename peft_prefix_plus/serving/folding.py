@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters.checkpoints import CONTAINERS, check_checkpoint
 from ..config import PrefixPlusConfig
+from ..conversion.cached_prefix import PROMPT_EMBEDDINGS
 from ..conversion.exactness import exact_up_to
 from ..conversion.measured_rotations import Rotation
-from ..conversion.prefix_tuning import PROMPT_EMBEDDINGS
 from ..encoders import PrefixEncoder, Scaling, make_encoder
 from ..layer import GATE_SCALE
 from ..probing.geometry import AttentionGeometry
@@ -88,13 +88,13 @@ def _look_at(config: Any, max_model_len: int | None, trust_remote_code: bool | N
     geometries = select_modules(model, PrefixPlusConfig()).modules
     _check_layers(model, geometries)
     rotations, turning, turning_obstacle = _positions(model, geometries)
-    exact = exact_up_to(model, 0)
+    exact = exact_up_to(model, 0, "the cache")
     obstacle = ""
     if exact is not None and (max_model_len is None or max_model_len > exact[0]):
         num_tokens, reason = exact
         obstacle = (
             f"A cached prefix of {type(model).__name__} is exact in texts of up to {num_tokens} tokens only: "
-            f"{reason.replace('PREFIX_TUNING', 'the cache')}. Serve no longer ones, by --max-model-len {num_tokens}, or train an "
+            f"{reason}. Serve no longer ones, by --max-model-len {num_tokens}, or train an "
             "adapter with decoupled=True."
         )
     elif not rotations:

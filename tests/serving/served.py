@@ -62,7 +62,7 @@ def save_adapter(model_directory: Path, directory: Path, seed: int, **fields: An
     """Save an adapter that acts: random keys and values of the size of the model's own."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_directory)
-    fields = {"position_free": False, "init_weights": False, "task_type": "CAUSAL_LM", **fields}
+    fields = {"decoupled": False, "position_free": False, "init_weights": False, "task_type": "CAUSAL_LM", **fields}
     get_peft_model(base, PrefixPlusConfig(**fields)).save_pretrained(str(directory))
 
 
