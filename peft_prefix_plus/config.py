@@ -30,6 +30,18 @@ Initialization = Literal["random", "zero", "activations"]
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 INITIALIZATIONS: tuple[bool | Initialization, ...] = (True, False, *get_args(Initialization))
 
+SERVABLE: dict[str, Any] = {
+    "gating": False,
+    "decoupled": False,
+    "position_free": False,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "target_modules": None,
+    "exclude_modules": None,
+    "modules_to_save": None,
+}
+"""What an adapter must be to stand in vLLM's cache: keys and values at fixed positions, in all layers, and nothing else."""
+
 LARGEST = 2**31 - 1
 """The largest length or width: no tensor can have more."""
 
@@ -325,6 +337,36 @@ class PrefixPlusConfig(PeftConfig):
                 "`gating=True` with `init_weights='zero'` never learns: a closed gate passes no gradient to the "
                 "prefix and a prefix of zeros none to the gate. Use init_weights=True."
             )
+
+    @classmethod
+    def servable(cls, **fields: Any) -> PrefixPlusConfig:
+        """
+        Make a configuration of what vLLM can serve: a prefix in the softmax, at fixed positions, in all layers.
+
+        Args:
+            fields: The other fields, as in [`PrefixPlusConfig`].
+
+        Raises:
+            ValueError: If a field contradicts that.
+
+        Example:
+
+        ```py
+        >>> from peft_prefix_plus import PrefixPlusConfig
+
+        >>> config = PrefixPlusConfig.servable(task_type="CAUSAL_LM", num_virtual_tokens=32)
+        >>> config.decoupled, config.position_free
+        (False, False)
+
+        ```
+        """
+        for name, value in SERVABLE.items():
+            if name in fields and fields[name] != value:
+                raise ValueError(
+                    f"`{name}` is {shortened(repr(fields[name]))}, and vLLM can serve an adapter only with {name}={value}. Leave it "
+                    "out, or use PrefixPlusConfig(...), whose adapters transformers serves."
+                )
+        return cls(**{**fields, **SERVABLE})
 
     @classmethod
     def from_pretrained(

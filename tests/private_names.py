@@ -180,12 +180,21 @@ def _path(node: ast.expr) -> list[str]:
     return []
 
 
+NOT_INSTALLED = {"vllm", "fastapi"}
+"""What the package imports in environments of their own."""
+
+
 def _inherited(file: str, tree: ast.Module) -> Iterator[str]:
     """The private methods and attributes of other packages' classes that a class of this file overrides, or uses on itself."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     if not classes:
         return
-    module = importlib.import_module(file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
+    try:
+        module = importlib.import_module(file.removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
+    except ModuleNotFoundError as error:
+        if error.name not in NOT_INSTALLED:
+            raise
+        return  # what runs in vLLM's processes derives from vLLM's classes only
     for node in classes:
         bases = [base for base in getattr(module, node.name).__mro__ if base.__module__.split(".")[0] in PACKAGES]
         names = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}

@@ -9,7 +9,7 @@ import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
-from . import conversion, distillation, generation, inspection, parameters, training
+from . import conversion, distillation, generation, inspection, parameters, serving, training
 from .demo import DemoSettings, run_demo
 from .options import command
 
@@ -39,6 +39,12 @@ def distill(settings: distillation.DistillationSettings, config: distillation.Do
 def generate(settings: generation.GenerationSettings) -> None:
     """Complete prompts with an adapter."""
     generation.generate(settings)
+
+
+@command(app, {"Options": serving.ServingSettings})
+def serve(settings: serving.ServingSettings) -> None:
+    """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
+    serving.serve(settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})

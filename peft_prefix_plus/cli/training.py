@@ -14,9 +14,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from ..config import PrefixPlusConfig
+from ..config import SERVABLE, PrefixPlusConfig
 from ..saving.files import update_model_card
 from ..saving.together import saving_together
+from ..serving.folding import why_not_served
 from ..training.checkpoints import checkpoints
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
@@ -59,6 +60,10 @@ class TrainingSettings:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute activations twice instead of keeping them."}
     )
+    servable: bool = field(
+        default=False,
+        metadata={"help": "Choose the form that vLLM serves: in the softmax, at fixed positions, in all layers."},
+    )
     seed: int = field(default=0, metadata={"help": "For the adapter's start, the order of the data and dropout."})
     save_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
     keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
@@ -94,6 +99,8 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
         CommandError: If the data, the output directory or a name is not as it must be. Nothing has been written then.
     """
     config.task_type = "CAUSAL_LM"
+    if settings.servable:
+        config = dataclasses.replace(config, **SERVABLE)
     checkpoint = prepare_output(settings, config)
     records = read_records(settings.data)
     eval_records = read_records(settings.eval_data) if settings.eval_data is not None else None
@@ -107,11 +114,13 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
     with shown_as_command_error(ValueError, TypeError):
         arguments = training_arguments(settings, has_eval_data=eval_dataset is not None)
         model = get_peft_model(base_model, config)
+    obstacle = why_not_served(base_model.config, config)
     with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
         settings.output.mkdir(parents=True, exist_ok=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.print_trainable_parameters()
+    print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")
     if settings.overwrite:
         for leftover in checkpoints(settings.output):
             shutil.rmtree(leftover)
