@@ -151,8 +151,13 @@ class PrefixStore:
             tensors[f"layers.{layer}.key"] = key.contiguous()
             tensors[f"layers.{layer}.value"] = value.contiguous()
         turning = None if prefix.turning is None else asdict(prefix.turning)
-        about = {"form": prefix.form, "num_cached_tokens": prefix.num_cached_tokens, "turning": turning}
-        content = save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)})
+        about = {
+            "format": FORMAT,
+            "form": prefix.form,
+            "num_cached_tokens": prefix.num_cached_tokens,
+            "turning": turning,
+        }
+        content = save(tensors, metadata={"about": json.dumps(about)})  # one entry: several have no order
         entry = Entry(hashlib.sha256(content).hexdigest(), prefix.form, prefix.num_cached_tokens, source)
         with self._changing() as entries:
             if not self._path(entry.digest).exists():
