@@ -1,7 +1,12 @@
 """peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .adapters.composition import compose
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
+from .conversion.cartridge import from_cartridge, to_cartridge
 from .conversion.flatten import flatten, prefix_key_values
 from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .insight.attention_mass import prefix_attention_mass
@@ -13,19 +18,33 @@ from .model import PrefixPlusModel
 from .probing.examples import example_inputs
 from .probing.recording import PROBE_NAME, probe_attention
 from .registration import METHOD_NAME, register
+from .starting.compaction import AttentionResidual
 from .starting.fitting import Residual
 from .starting.initialization import initialize_from_key_values, initialize_from_text
 from .training.parameter_groups import prefix_plus_param_groups
 
 
+if TYPE_CHECKING:
+    from .training.distill import distill
+    from .training.distillation import DistillationTrainer
+    from .training.self_study import SelfStudy, Template
+
+
 __all__ = [
+    "AttentionResidual",
+    "DistillationTrainer",
     "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "Residual",
+    "SelfStudy",
+    "Template",
+    "compose",
+    "distill",
     "example_inputs",
     "flatten",
+    "from_cartridge",
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
@@ -39,9 +58,25 @@ __all__ = [
     "prefix_plus_param_groups",
     "prune_layers",
     "suggest_layers",
+    "to_cartridge",
     "to_prefix_tuning",
 ]
 
 __version__ = "0.1.0"
 
 register(PrefixPlusConfig, PrefixPlusModel, {METHOD_NAME: prefix_attention, PROBE_NAME: probe_attention})
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs the Trainer, which takes as long again as the rest, when it is first asked for."""
+    modules = {
+        "distill": "distill",
+        "DistillationTrainer": "distillation",
+        "SelfStudy": "self_study",
+        "Template": "self_study",
+    }
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".training.{modules[name]}", __name__), name)
+    globals()[name] = value
+    return value

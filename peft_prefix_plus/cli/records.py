@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import CommandError
+from ..training.self_study import Template
+from .errors import CommandError, shown_as_command_error
 
 
 IGNORED_LABEL = -100
@@ -55,6 +56,45 @@ def read_prompts(path: Path) -> list[str]:
         CommandError: If the file cannot be read, is empty, or has a line of another form.
     """
     return [_string(place, fields, "prompt") for place, fields in _read_lines(path)]
+
+
+def read_conversations(path: Path) -> list[str | tuple[str, str]]:
+    """
+    Read the string "prompt" of every line of a JSON-lines file, with the string "completion" of those that have one.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        CommandError: If the file cannot be read, is empty, or has a line of another form.
+    """
+    return [_as_conversation(place, fields) for place, fields in _read_lines(path)]
+
+
+def _as_conversation(place: str, fields: dict[str, Any]) -> str | tuple[str, str]:
+    names = ("prompt", "completion") if "completion" in fields else ("prompt",)
+    texts = [_string(place, fields, name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise CommandError(f"{place}: the {name} is empty.")
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def read_templates(path: Path) -> list[Template]:
+    """
+    Read the templates of self-study from a JSON-lines file: the strings "kind" and "prompt", and true or false as "asks" and "recites".
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        CommandError: If the file cannot be read, is empty, or has a line of another form.
+    """
+    templates = []
+    for place, fields in _read_lines(path):
+        with shown_as_command_error(ValueError, TypeError, while_doing=place):
+            templates.append(Template(**fields))
+    return templates
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +13,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..config import PrefixPlusConfig
+from ..config import SERVABLE, PrefixPlusConfig
 from ..saving.files import update_model_card
+from ..saving.together import saving_together
+from ..serving.folding import why_not_served
+from ..training.checkpoints import checkpoints
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
 from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records
@@ -61,6 +60,10 @@ class TrainingSettings:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute activations twice instead of keeping them."}
     )
+    servable: bool = field(
+        default=False,
+        metadata={"help": "Choose the form that vLLM serves: in the softmax, at fixed positions, in all layers."},
+    )
     seed: int = field(default=0, metadata={"help": "For the adapter's start, the order of the data and dropout."})
     save_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
     keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
@@ -96,6 +99,8 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
         CommandError: If the data, the output directory or a name is not as it must be. Nothing has been written then.
     """
     config.task_type = "CAUSAL_LM"
+    if settings.servable:
+        config = dataclasses.replace(config, **SERVABLE)
     checkpoint = prepare_output(settings, config)
     records = read_records(settings.data)
     eval_records = read_records(settings.eval_data) if settings.eval_data is not None else None
@@ -109,11 +114,13 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
     with shown_as_command_error(ValueError, TypeError):
         arguments = training_arguments(settings, has_eval_data=eval_dataset is not None)
         model = get_peft_model(base_model, config)
+    obstacle = why_not_served(base_model.config, config)
     with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
         settings.output.mkdir(parents=True, exist_ok=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.print_trainable_parameters()
+    print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")
     if settings.overwrite:
         for leftover in checkpoints(settings.output):
             shutil.rmtree(leftover)
@@ -210,24 +217,6 @@ def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path
     return complete[-1]
 
 
-def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
-    """Return the checkpoints in a directory, oldest first. One is complete if the Trainer wrote its last file."""
-    numbered = {}
-    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if number.isdigit() and path.is_dir() and (not complete_only or _is_complete(path)):
-            numbered[int(number)] = path
-    return [numbered[number] for number in sorted(numbered)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:
     """
     Check that a checkpoint is of an adapter with this configuration, of this base model.
@@ -255,12 +244,10 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) ->
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Save the adapter, its card and the tokenizer, each file so that a crash leaves the old or the new one."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as directory:
+    """Save the adapter, its card and the tokenizer, all files together."""
+    with saving_together(output) as folder:
         if (output / "README.md").exists():
-            shutil.copy(output / "README.md", directory)  # PEFT updates the card that it finds
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        for path in Path(directory).iterdir():
-            os.replace(path, output / path.name)
-    update_model_card(str(output))  # the card was made under the temporary directory's name
+            shutil.copy(output / "README.md", folder)  # PEFT updates the card that it finds
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    update_model_card(str(output))  # of all adapters that lie there

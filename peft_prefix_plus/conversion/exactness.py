@@ -1,4 +1,4 @@
-"""Where, and up to which length of text, PREFIX_TUNING and PREFIX_PLUS give the same output: measured on the model itself."""
+"""Where, and up to which length of text, a method of PEFT and PREFIX_PLUS give the same output: measured on the model itself."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def record_attention(base: nn.Module, run: Any) -> tuple[dict[str, Attended], to
 def run_with_cache(
     base: Any, source: PeftModel, inputs: Mapping[str, torch.Tensor], length: int, is_seen: bool
 ) -> Any:
-    """Run the base model as PREFIX_TUNING does, on a cache that holds the prefix, which the text sees or not."""
+    """Run the base model as a method of PEFT does, on a cache that holds the prefix, which the text sees or not."""
     mask = inputs["attention_mask"]
     prefix_mask = mask.new_full((len(mask), length), int(is_seen))
     return base(
@@ -86,7 +86,7 @@ def run_with_cache(
 
 
 def prefixes_in(
-    recorded: Mapping[str, Attended], num_tokens: int, length: int
+    recorded: Mapping[str, Attended], num_tokens: int, length: int, method: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return the prefixes in what was attended to, by the names of the modules that have one."""
     prefixed = {
@@ -96,7 +96,7 @@ def prefixes_in(
     }
     if not prefixed:
         raise ValueError(
-            "PREFIX_TUNING's prefix does not reach any attention module of this model, so there is nothing to convert."
+            f"{method}'s prefix does not reach any attention module of this model, so there is nothing to convert."
         )
     return prefixed
 
@@ -107,6 +107,7 @@ def measured_rotations(
     names: Mapping[str, Any],
     inputs: Mapping[str, torch.Tensor],
     length: int,
+    method: str,
 ) -> tuple[dict[str, Rotation], float]:
     """
     Measure by which rotation each module's keys and queries follow their positions.
@@ -126,7 +127,7 @@ def measured_rotations(
         error = max(key_error, query_error)
         if error > TOLERANCE[base.dtype]:
             raise ValueError(
-                f"The conversion is not exact for {type(base).__name__}: PREFIX_TUNING moves the real tokens' positions by "
+                f"The conversion is not exact for {type(base).__name__}: {method} moves the real tokens' positions by "
                 f"{length}, and the keys and queries of {name} do not follow by one rotation (the closest leaves "
                 f"{error:.2%} of them). This is so for instance where positions are learned, as in GPT-2: the tokens themselves change. "
                 "Train a new adapter."
@@ -135,14 +136,16 @@ def measured_rotations(
     return rotations, (moved_output - output).abs().max().item()
 
 
-def check_equal(base: Any, found: torch.Tensor, expected: torch.Tensor, rounding: float, length: int) -> None:
+def check_equal(
+    base: Any, found: torch.Tensor, expected: torch.Tensor, rounding: float, length: int, method: str
+) -> None:
     """Raise if outputs differ by more than rounding, which is what moving the text alone has changed them by."""
     difference = (found - expected).abs().max().item()
     limit = max(OUTPUT_TOLERANCE * max(1.0, expected.abs().max().item()), ROUNDING * rounding)
     if not difference <= limit:
         raise ValueError(
-            f"The conversion is not exact for {type(base).__name__}: on a random text the outputs of PREFIX_TUNING and "
-            f"PREFIX_PLUS differ by {difference:.2g}, more than rounding ({limit:.2g}). PREFIX_TUNING moves the real tokens' "
+            f"The conversion is not exact for {type(base).__name__}: on a random text the outputs of {method} and "
+            f"PREFIX_PLUS differ by {difference:.2g}, more than rounding ({limit:.2g}). {method} moves the real tokens' "
             f"positions by {length}. That can be undone for rotary positions, but not for instance where positions are "
             "learned (GPT-2, OPT, BERT), or are a bias on the scores that the prefix has too (ALiBi in Bloom and MPT). Train "
             "a new adapter."
@@ -152,14 +155,14 @@ def check_equal(base: Any, found: torch.Tensor, expected: torch.Tensor, rounding
 # ------------------------------------------------------------------------------------------------------ how far it holds
 
 
-def exact_up_to(base: Any, length: int) -> tuple[int, str] | None:
+def exact_up_to(base: Any, length: int, method: str) -> tuple[int, str] | None:
     """
     Return the number of real tokens up to which both methods give the same output, with the reason; `None` for any number.
 
     Raises:
         ValueError: If there is not even one.
     """
-    bounds = [(bound - length, reason) for bound, reason in _bounds(base.config.get_text_config())]
+    bounds = [(bound - length, reason) for bound, reason in _bounds(base.config.get_text_config(), method)]
     if not bounds:
         return None
     num_tokens, reason = min(bounds)
@@ -171,13 +174,13 @@ def exact_up_to(base: Any, length: int) -> tuple[int, str] | None:
     return num_tokens, reason
 
 
-def _bounds(config: Any) -> Iterator[tuple[int, str]]:
+def _bounds(config: Any, method: str) -> Iterator[tuple[int, str]]:
     """Yield the last position, counted from 1, up to which a model attends the same wherever a text begins, and why."""
     kinds = getattr(config, "layer_types", None) or ()
     for field, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
         bound = getattr(config, field, None)
         if bound is not None and (not kinds or any(kind in each for each in kinds)):
-            yield bound, f"PREFIX_TUNING's prefix is not seen beyond `{field}` = {bound}, and PREFIX_PLUS's is"
+            yield bound, f"{method}'s prefix is not seen beyond `{field}` = {bound}, and PREFIX_PLUS's is"
     if getattr(config, "attn_temperature_tuning", False):  # Llama 4, which counts positions from 1 here
         yield (
             config.floor_scale - 1,
@@ -199,5 +202,5 @@ def warn_of_length(exact: tuple[int, str] | None) -> None:
     if exact is not None:
         num_tokens, reason = exact
         warnings.warn(
-            f"Both methods give the same output for up to {num_tokens} tokens of text. Beyond, {reason}.", stacklevel=3
+            f"Both methods give the same output for up to {num_tokens} tokens of text. Beyond, {reason}.", stacklevel=4
         )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.lookup import base_of, layers_with_adapter
-from ..probing.inputs import positions_before
-from ..probing.modules import attention_modules, execution_device
-from ..probing.recording import evaluating, recording
+from ..adapters.snapshot import all_or_nothing
+from ..layer import PrefixPlusLayer
+from .compaction import AttentionResidual, Reading, compact, matching_error
 from .fitting import KeyValue, Residual, fit
+from .reading import PIECE, read, read_again
+
+
+METHODS = ("first", "attention")
+"""The ways from a text to a shorter prefix."""
 
 
 def initialize_from_text(
@@ -23,76 +29,159 @@ def initialize_from_text(
     text: str,
     adapter_name: str = "default",
     add_special_tokens: bool = True,
-) -> dict[str, Residual]:
+    method: str = "first",
+    prompts: Sequence[str] | None = None,
+) -> dict[str, Residual] | dict[str, AttentionResidual]:
     """
     Start an adapter's prefix from the keys and values that the base model has for a text.
 
-    With `reparameterization="none"` the model then gives what the base model gives when it reads the text before the input,
-    at the positions -num_virtual_tokens, …, -1 where keys rotate by their position (RoPE), else at 0, 1, …: as long as
-    nothing but the causal mask keeps the input from the text (no sliding window that is shorter), and the positions enter
-    by the keys (no bias by distance, as of ALiBi or T5). The other reparameterizations are fitted to it (see
-    [`initialize_from_key_values`]).
+    `method="first"` takes the first `num_virtual_tokens` tokens. With `reparameterization="none"` the model then gives what the
+    base model gives when it reads them before the input, at the positions -num_virtual_tokens, …, -1 where keys rotate by their
+    position (RoPE), else at 0, 1, …: as long as nothing but the causal mask keeps the input from the text (no sliding window that
+    is shorter), and the positions enter by the keys (no bias by distance, as of ALiBi or T5).
 
-    A text's keys are at its own positions: where the model rotates keys, the adapter is `position_free=False` afterwards.
+    `method="attention"` stands for the whole text, however long: in each head, the keys that queries attend to most, and values by
+    least squares, so that attention gives about what it gives over all of the text (attention matching, arXiv 2602.16284). The
+    queries are those of the text, which the base model reads a second time after itself, and of `prompts`. There is no training.
+
+    With the other reparameterizations the encoders are fitted to these keys and values (see [`initialize_from_key_values`]).
+
+    A text's keys are at its own positions: where the model rotates keys, the adapter is `position_free=False` after
+    `method="first"`. With `method="attention"` it stays as it is.
 
     Args:
         model (`nn.Module`): A model with the adapter.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        text (`str`): The text, of at least `num_virtual_tokens` tokens. Of a longer one, the first tokens count, with a
-            warning.
+        text (`str`): The text, of at least `num_virtual_tokens` tokens.
         adapter_name (`str`, defaults to `"default"`): The adapter.
         add_special_tokens (`bool`, defaults to `True`): Whether the tokenizer adds its special tokens to the text.
+        method (`str`, defaults to `"first"`): `"first"` or `"attention"`.
+        prompts (`Sequence[str]`, *optional*):
+            What may be asked about the text, as the model will see it, chat template included: their queries count beside the
+            text's own. Only with `method="attention"`.
 
     Returns:
-        `dict[str, Residual]`: By attention module, how far the prefix is from the text's keys and values: 0 for
-        `reparameterization="none"`.
+        `dict[str, Residual]` or `dict[str, AttentionResidual]`: By attention module, how far the prefix is from the text's keys
+        and values (with `"first"`: 0 for `reparameterization="none"`), or attention with the prefix from attention with the text
+        (with `"attention"`).
 
     Raises:
         TypeError: If the base model is not one of transformers.
-        ValueError: If the model has no such adapter, or it is decoupled; if the text is too short, the model cannot read it, or it does not reach
-            one of the adapter's attention modules. The adapter is then as it was.
+        ValueError: If the model has no such adapter, or it is decoupled, or with `"attention"` has a gate; if the text is too short,
+            the model cannot read it, or it does not reach one of the adapter's attention modules. The adapter is then as it was.
 
     Warns:
-        UserWarning: If the text is longer, or the adapter was position-free where that makes a difference.
+        UserWarning: With `"first"`, if the text is longer, or the adapter was position-free where that makes a difference.
     """
-    layers = layers_with_adapter(model, adapter_name)
-    if layers[0][1].is_decoupled[adapter_name]:
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    if prompts is not None and method != "attention":
+        raise ValueError(f'`prompts` are read with method="attention" only, got method={method!r}.')
+    layers = dict(layers_with_adapter(model, adapter_name))
+    if any(layer.is_decoupled[adapter_name] for layer in layers.values()):
         raise ValueError(
             f"Adapter {adapter_name!r} is decoupled, and a text's keys and values act through the softmax that they share with the "
             "input's. Make the adapter with PrefixPlusConfig(decoupled=False), or with gating=True."
         )
-    num_tokens = layers[0][1].prefix_key_value(adapter_name)[0].shape[1]
+    num_tokens = next(iter(layers.values())).prefix_key_value(adapter_name)[0].shape[1]
     token_ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     if len(token_ids) < num_tokens:
         raise ValueError(
             f"The text has {len(token_ids)} tokens and adapter {adapter_name!r} has num_virtual_tokens={num_tokens}. Give a "
             f"text of at least that many tokens, or make the adapter with num_virtual_tokens={len(token_ids)}."
         )
+    if method == "attention":
+        prompt_ids = _prompt_ids(tokenizer, prompts or ())
+        return _match_attention(model, adapter_name, layers, token_ids, prompt_ids, num_tokens)
+    return _take_first(model, adapter_name, layers, token_ids, num_tokens)
+
+
+def _take_first(
+    model: nn.Module, adapter_name: str, layers: dict[str, PrefixPlusLayer], token_ids: list[int], num_tokens: int
+) -> dict[str, Residual]:
+    """Start a prefix from the first tokens of a text."""
     if len(token_ids) > num_tokens:
         warnings.warn(
-            f"The text has {len(token_ids)} tokens; the prefix starts from the first num_virtual_tokens={num_tokens}.",
-            stacklevel=2,
+            f"The text has {len(token_ids)} tokens; the prefix starts from the first num_virtual_tokens={num_tokens}. "
+            'method="attention" stands for the whole text.',
+            stacklevel=3,
         )
     base = base_of(model)
-    key_values = _read(base, torch.tensor([token_ids[:num_tokens]], device=execution_device(base)))
-    unread = [name for name, _ in layers if name not in key_values]
+    key_values = _key_values(base, adapter_name, layers, token_ids[:num_tokens])
+    with all_or_nothing(model, adapter_name=adapter_name):
+        residuals = initialize_from_key_values(model, key_values, adapter_name)
+        if any(layer.reads_unrotated(adapter_name) for layer in layers.values()):
+            warnings.warn(
+                f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
+                "the adapter with position_free=False if that is what you want.",
+                stacklevel=3,
+            )
+            configs: Any = base.peft_config
+            configs[adapter_name] = replace(configs[adapter_name], position_free=False)
+            for layer in layers.values():
+                layer.set_position_free(adapter_name, False, layer.rotation)
+    return residuals
+
+
+def _match_attention(
+    model: nn.Module,
+    adapter_name: str,
+    layers: dict[str, PrefixPlusLayer],
+    token_ids: list[int],
+    prompts: list[list[int]],
+    num_tokens: int,
+) -> dict[str, AttentionResidual]:
+    """Start a prefix from a whole text, by attention matching."""
+    if not all(layer.is_joint(adapter_name) for layer in layers.values()):
+        raise ValueError(
+            f'Adapter {adapter_name!r} has a gate and a softmax of its own, and method="attention" matches one over the prefix and the '
+            'real tokens. Make the adapter with PrefixPlusConfig(decoupled=False), or use method="first".'
+        )
+    base = base_of(model)
+    key_values = _key_values(base, adapter_name, layers, token_ids)
+    unrotated = [name for name, layer in layers.items() if layer.reads_unrotated(adapter_name)]
+    compacted: dict[str, KeyValue] = {}
+    measured: dict[str, list[Reading]] = {}
+
+    def use(name: str, fitted: list[Reading], held_out: list[Reading]) -> None:
+        if len(token_ids) == num_tokens and name not in unrotated:
+            compacted[name] = key_values[name]  # the text itself
+        else:
+            pairs = zip(fitted, *key_values[name], strict=True)
+            found = [compact(reading, key.float(), value.float(), num_tokens) for reading, key, value in pairs]
+            compacted[name] = torch.stack([key for key, _ in found]), torch.stack([value for _, value in found])
+        measured[name] = held_out
+
+    pieces = [token_ids[start : start + PIECE] for start in range(0, len(token_ids), PIECE)]
+    read_again(base, token_ids, [*pieces, *prompts], key_values, unrotated, use)
+    initialize_from_key_values(model, compacted, adapter_name)
+    with torch.no_grad():
+        return {
+            name: matching_error(measured[name], *layer.prefix_key_value(adapter_name))
+            for name, layer in layers.items()
+        }
+
+
+def _key_values(
+    base: nn.Module, adapter_name: str, layers: dict[str, PrefixPlusLayer], token_ids: list[int]
+) -> dict[str, KeyValue]:
+    """Return a text's keys and values in the modules of an adapter, or raise if it does not reach one."""
+    key_values = read(base, token_ids)
+    unread = [name for name in layers if name not in key_values]
     if unread:
         raise ValueError(
             f"A text does not reach {', '.join(unread)}, where adapter {adapter_name!r} has a prefix. Use "
             "initialize_from_key_values with keys and values for these modules too."
         )
-    residuals = initialize_from_key_values(model, {name: key_values[name] for name, _ in layers}, adapter_name)
-    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
-        warnings.warn(
-            f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
-            "the adapter with position_free=False if that is what you want.",
-            stacklevel=2,
-        )
-        configs: Any = base.peft_config
-        configs[adapter_name].position_free = False
-        for _, layer in layers:
-            layer.set_position_free(adapter_name, False, layer.rotation)
-    return residuals
+    return {name: key_values[name] for name in layers}
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    found = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    for prompt, ids in zip(prompts, found, strict=True):
+        if not ids:
+            raise ValueError(f"Each of `prompts` must have at least one token; {prompt!r} has none.")
+    return found
 
 
 def initialize_from_key_values(
@@ -141,28 +230,5 @@ def initialize_from_key_values(
                     )
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
-    return fit(encoders, key_values)
-
-
-def _read(model: nn.Module, token_ids: torch.Tensor) -> dict[str, KeyValue]:
-    """Return the keys and values that a base model has for a text, (1, tokens), before an input, by attention module."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"A text can be read by a model of transformers, got a {type(model).__name__}.")
-    inputs = {"input_ids": token_ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = token_ids
-    inputs.update(positions_before(model, inputs))
-    found: dict[str, KeyValue] = {}
-
-    def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
-        found.setdefault(name, (key[0], value[0]))
-
-    with recording(attention_modules(model), record), evaluating(model):
-        try:
-            model(**inputs)
-        except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot read a text of {token_ids.shape[1]} tokens by itself: a forward with "
-                f"{sorted(inputs)} failed ({type(error).__name__}: {error}). Use initialize_from_key_values."
-            ) from error
-    return found
+    with all_or_nothing(model, adapter_name=adapter_name):
+        return fit(encoders, key_values)

@@ -187,7 +187,14 @@ def test_table_of_parameters_is_what_the_command_prints(page: str, capsys: pytes
 def test_readme_explains_what_the_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
-    assert commands == ["make lint", "make docs", "make test", "make test-oldest", "make test-models"]
+    assert commands == [
+        "make lint",
+        "make docs",
+        "make test",
+        "make test-oldest",
+        "make test-models",
+        "make test-serving",
+    ]
     assert all(re.search(rf"^{command}\b", readme, re.MULTILINE) for command in commands)
 
 
