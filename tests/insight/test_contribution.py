@@ -106,7 +106,7 @@ def formula(model: Any, names: list[str], call: Any, module: str, mask: torch.Te
                 real_scores[other] = -math.inf
         scores = {}
         for name, (prefix_key, _) in prefixes.items():
-            own = free if model.peft_config[name].position_free else query
+            own = free if layer.is_position_free[name] else query
             scores[name] = prefix_key[group].double() @ own[row, head, token] / math.sqrt(dim)
         joint = [name for name in names if not (model.peft_config[name].decoupled or model.peft_config[name].gating)]
         shared = torch.cat([*[scores[name] for name in joint], real_scores]).exp()
