@@ -161,7 +161,9 @@ class PrefixEncoder(nn.Module):
         """Take ownership of the shared parts used here, because the layer that made them is about to be removed."""
 
     def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that the prefix depends on, each with its kind: `"keys"`, `"values"` or `"projection"`."""
+        """
+        Yield the parameters that the prefix depends on, each with its kind: `"keys"`, `"values"` or `"projection"`.
+        """
         for part in self.parts():
             yield from (("projection", parameter) for parameter in part.parameters())
 
@@ -177,11 +179,15 @@ class PrefixEncoder(nn.Module):
         raise NotImplementedError
 
     def key_source(self) -> nn.Module:
-        """The module that produces E_K: this one, or one that layers share, which then have the same spread of keys."""
+        """
+        The module that produces E_K: this one, or one that layers share, which then have the same spread of keys.
+        """
         raise NotImplementedError
 
     def spread_keys(self, factors: torch.Tensor) -> None:
-        """Multiply the E_K of [`PrefixEncoder.key_source`], without its offset, by a factor for each head, (heads,)."""
+        """
+        Multiply the E_K of [`PrefixEncoder.key_source`], without its offset, by a factor for each head, (heads,).
+        """
         raise NotImplementedError
 
     def shift_keys(self, offset: torch.Tensor) -> None:
@@ -291,7 +297,9 @@ class ProjectedEncoder(PrefixEncoder):
         return cls(config, shape, shared_parts)
 
     def builders(self, config: PrefixPlusConfig) -> dict[str, Callable[[], nn.Module]]:
-        """The constructors of the parts, in order: `virtual_tokens`, `hidden` if there is one, and `output`, which is W."""
+        """
+        The constructors of the parts, in order: `virtual_tokens`, `hidden` if there is one, and `output`, which is W.
+        """
         raise NotImplementedError
 
     def features(self) -> torch.Tensor:

@@ -189,7 +189,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def _rotation_factors(
         self, query: torch.Tensor, positions: PositionEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors that undo the rotation of queries: in `generate`, made once for all layers with the same positions."""
+        """
+        The factors that undo the rotation of queries: in `generate`, made once for all layers with the same positions.
+        """
         assert self.rotation is not None
         memo = None if torch.compiler.is_compiling() else RUNNING.memo
         if memo is None:

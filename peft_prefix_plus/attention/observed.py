@@ -1,4 +1,4 @@
-"""How much of each query's attention falls on the prefix: what is looked at, never what the model computes with."""
+"""How much of each query's attention falls on the prefix. This only observes; the model never computes with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def observed_attention(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """[`prefix_attention`], telling an observer what falls on the prefix."""
+    """[`prefix_attention`], which also tells an observer the prefix's probabilities."""
     with unwatched():
         output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     positions = kwargs.pop(POSITIONS, None)
