@@ -68,7 +68,7 @@ register(PrefixPlusConfig, PrefixPlusModel, {METHOD_NAME: prefix_attention, PROB
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs the Trainer, which takes as long again as the rest, when it is first asked for."""
+    """Import names that need the Trainer when they are first used: it takes as long to import as everything else."""
     modules = {
         "distill": "distill",
         "DistillationTrainer": "distillation",

@@ -1,4 +1,4 @@
-"""The reparameterizations: what turns an adapter's parameters into the prefix (P_K, P_V) of one attention module."""
+"""The reparameterizations: they turn an adapter's parameters into the prefix (P_K, P_V) of one attention module."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ class Scaling(nn.Module):
     """
     The factors on the keys and on the values of one attention module's prefix.
 
-    They are never trained, and yet a parameter that requires a gradient, which is always zero: many tools save only what
-    is trainable, and an adapter cannot be loaded without its factors. Weight decay still shrinks every parameter, so the
-    factors are the ratios of three numbers, which shrink alike. Ratios that are powers of two stay exact.
+    They are never trained, but they are a parameter that requires a gradient, which is always zero: many tools save
+    only trainable parameters, and an adapter cannot be loaded without its factors. Weight decay still shrinks every
+    parameter, so the factors are ratios of three numbers, which shrink alike. Ratios that are powers of two stay
+    exact.
     """
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class Scaling(nn.Module):
         self.factors.copy_(self.factors.new_tensor([1.0, key_factor, value_factor]))
 
     def forward(self) -> torch.Tensor:
-        """Return the factors, (2,): a call, as for every parameter, so that what shards a model gathers them."""
+        """Return the factors, (2,). A call, as for every parameter, so that FSDP or ZeRO-3 gathers them."""
         if not torch.is_grad_enabled():
             return self.values
         return self.values + (self.factors[1:] - self.factors[1:].detach()) * 0.0
@@ -92,11 +93,11 @@ ENCODERS: dict[str, type[PrefixEncoder]] = {}
 
 class PrefixEncoder(nn.Module):
     """
-    What produces the prefix of one attention module:
+    Produces the prefix of one attention module:
 
         P_K = scaling[0] · E_K            P_V = scaling[1] · E_V
 
-    where (E_K, E_V) are what `produce` makes of the parameters. A subclass is a reparameterization, once it has a name:
+    where `produce` computes (E_K, E_V) from the parameters. A subclass with a name is a reparameterization:
 
         class MyEncoder(PrefixEncoder, reparameterization="mine"): ...
 
@@ -104,8 +105,8 @@ class PrefixEncoder(nn.Module):
         shape (`KVShape`): The shape of the attention module's keys and values.
 
     Attributes:
-        shares_parts (`bool`): Whether the field `sharing` means something to it.
-        has_hidden_layer (`bool`): Whether the field `encoder_hidden_size` does.
+        shares_parts (`bool`): Whether it uses the field `sharing`.
+        has_hidden_layer (`bool`): Whether it uses the field `encoder_hidden_size`.
     """
 
     shares_parts = False
@@ -119,7 +120,7 @@ class PrefixEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
         """
-        Return the encoder of one attention module, its parameters not yet filled.
+        Return the encoder of one attention module. Its parameters are not filled yet.
 
         Args:
             config (`PrefixPlusConfig`): The adapter's configuration.
@@ -141,7 +142,7 @@ class PrefixEncoder(nn.Module):
         return scaling
 
     def take_scaling_from(self, scalings: nn.ModuleDict, name: str) -> None:
-        """Let `scalings[name]` be the [`Scaling`]. It is looked up at each use, as shared parts are."""
+        """Use `scalings[name]` as the [`Scaling`]. It is looked up at each use, like shared parts."""
         self._scalings = (scalings, name)
 
     def parts(self) -> list[nn.Module]:
@@ -157,30 +158,36 @@ class PrefixEncoder(nn.Module):
         return []
 
     def take_over(self, parts: Collection[str]) -> None:
-        """Count those of the shared parts that are used here as made here: the layer that made them is to go."""
+        """Take ownership of the shared parts used here, because the layer that made them is about to be removed."""
 
     def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that the prefix depends on, each as one of the `"keys"`, the `"values"` or a `"projection"`."""
+        """
+        Yield the parameters that the prefix depends on, each with its kind: `"keys"`, `"values"` or `"projection"`.
+        """
         for part in self.parts():
             yield from (("projection", parameter) for parameter in part.parameters())
 
     def is_empty(self) -> bool:
-        """Whether the parameters have no memory yet, but wait for a checkpoint's."""
+        """Whether the parameters have no memory yet, because a checkpoint is about to fill them."""
         return any(parameter.is_meta for part in self.parts() for parameter in part.parameters())
 
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
         """
-        Fill the parameters that this layer owns at random, so that E_K and E_V have these standard deviations: numbers, or
-        for the keys one for each head and dim, (heads, key_dim).
+        Fill the parameters that this layer owns at random, so that E_K and E_V have these standard deviations:
+        numbers, or for the keys (heads, key_dim), one for each head and dim.
         """
         raise NotImplementedError
 
     def key_source(self) -> nn.Module:
-        """The module that E_K comes from, this one or one that other layers share: they have the spread of their keys in common."""
+        """
+        The module that produces E_K: this one, or one that layers share, which then have the same spread of keys.
+        """
         raise NotImplementedError
 
     def spread_keys(self, factors: torch.Tensor) -> None:
-        """Multiply what [`PrefixEncoder.key_source`] makes of E_K, without its offset, by a factor for each head, (heads,)."""
+        """
+        Multiply the E_K of [`PrefixEncoder.key_source`], without its offset, by a factor for each head, (heads,).
+        """
         raise NotImplementedError
 
     def shift_keys(self, offset: torch.Tensor) -> None:
@@ -259,21 +266,23 @@ class VirtualTokens(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_virtual_tokens, encoder_dim))
 
     def forward(self) -> torch.Tensor:
-        """Return a copy of P', which stays when what shards a model takes the parameter apart again."""
+        """Return a copy of P', which stays valid when FSDP or ZeRO-3 shards the parameter again."""
         return self.weight.clone()
 
 
 class ProjectedEncoder(PrefixEncoder):
     """
-    A reparameterization whose E_K and E_V are a linear map W of features, which a subclass makes of the learned input P'. Each
-    layer has a learned offset o of its own on the keys of all tokens.
+    A reparameterization whose E_K and E_V are a linear map W of features, which a subclass computes from the learned
+    input P'. Each layer has its own learned offset o on the keys of all tokens.
 
         [E_K - o; E_V] = W features(P')
 
-    The offset is where keys are that the layer's queries pass over, whatever the layers share: a prefix starts there.
+    The offset moves the keys to where the layer's queries pay them little attention, whatever the layers share. A
+    prefix starts there.
 
-    Parts that layers share are modules of the model, not of a layer: encoders refer to them without registering them. So
-    every parameter has one name, and a model that is sharded layer by layer keeps them whole while any layer runs.
+    Parts that layers share are modules of the model, not of a layer; encoders refer to them without registering them.
+    So every parameter has one name, and a model that is sharded layer by layer keeps them complete while any layer
+    runs.
 
     Args:
         config (`PrefixPlusConfig`): The adapter's configuration.
@@ -288,15 +297,17 @@ class ProjectedEncoder(PrefixEncoder):
         return cls(config, shape, shared_parts)
 
     def builders(self, config: PrefixPlusConfig) -> dict[str, Callable[[], nn.Module]]:
-        """What makes the parts, in this order: `virtual_tokens`, `hidden` if there is one, and `output`, which is W."""
+        """
+        The constructors of the parts, in order: `virtual_tokens`, `hidden` if there is one, and `output`, which is W.
+        """
         raise NotImplementedError
 
     def features(self) -> torch.Tensor:
-        """Return what the output projection reads, (tokens, width)."""
+        """Return the features, which are the input of the output projection, (tokens, width)."""
         raise NotImplementedError
 
     def norm_of_features(self, width: int) -> float:
-        """The norm that a row of the features has at the start, on average."""
+        """The average norm of a row of the features at the start."""
         raise NotImplementedError
 
     def __init__(self, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> None:
@@ -328,7 +339,7 @@ class ProjectedEncoder(PrefixEncoder):
         return [self, *(self.part(name) for name in self._made)]
 
     def part(self, name: str) -> Any:
-        """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the one it shares; a wrapper may stand in its place."""
+        """Return `virtual_tokens`, `hidden` or `output`, this layer's own or the shared one, possibly in a wrapper."""
         return self._shared_parts[0][self._shared[name]] if name in self._shared else self.get_submodule(name)
 
     def take_over(self, parts: Collection[str]) -> None:
@@ -427,7 +438,7 @@ class MLPEncoder(ProjectedEncoder, reparameterization="mlp"):
 
 
 def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
-    """Return what [`PrefixEncoder.from_config`] of the reparameterization's class does."""
+    """Return the encoder that [`PrefixEncoder.from_config`] of the reparameterization's class makes."""
     return ENCODERS[config.reparameterization].from_config(config, shape, shared_parts)
 
 
@@ -440,7 +451,7 @@ def _per_head(std: float | torch.Tensor, like: torch.Tensor) -> float | torch.Te
 
 
 def _apply(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """Apply a linear layer where it lies: layers that share one can be on other devices."""
+    """Apply a linear layer on its own device; layers that share one can be on other devices."""
     device = next(linear.parameters()).device
     is_offloaded = device.type == "meta"  # its hook brings it to the inputs
     return linear(inputs if is_offloaded else inputs.to(device))

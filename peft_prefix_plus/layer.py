@@ -50,7 +50,8 @@ class Gates(nn.ParameterDict):
     """
     The gates of one attention module by adapter, (query_heads,) each, divided by [`GATE_SCALE`].
 
-    They are read by a call, as all parameters of adapters are: ZeRO-3 gathers a module's parameters when it is called.
+    Read a gate through a call, like all parameters of adapters: ZeRO-3 gathers a module's parameters when it is
+    called.
     """
 
     __call__ = nn.Module.__call__  # which `nn.ParameterDict` forbids
@@ -68,15 +69,13 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
         (P_K, P_V) = dropout(encoder())
 
-    The encoder's scaling is kept here, apart from the parameters that [`PrefixPlusLayer.adapter_parameters`] yields, because it
-    stays in float32.
-
-    Several active adapters' prefixes stand one after the other.
+    The encoder's scaling is kept here, apart from the parameters that [`PrefixPlusLayer.adapter_parameters`] yields,
+    because it stays in float32. The prefixes of several active adapters are concatenated.
 
     Args:
         attention (`nn.Module`): The attention module.
-        adapters (`Collection[str]`): The names of the model's adapters, which other layers may have and this one not;
-            kept up to date by PEFT.
+        adapters (`Collection[str]`): The names of the model's adapters, some of which this layer may not have; PEFT
+            keeps them up to date.
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_encoder", "prefix_plus_gate", "prefix_plus_scaling")
@@ -162,7 +161,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             self._position_hook = self.attention.register_forward_pre_hook(_pass_positions, with_kwargs=True)
 
     def reads_unrotated(self, adapter_name: str) -> bool:
-        """Whether an adapter's prefix meets other queries than those that enter attention."""
+        """Whether an adapter's prefix meets queries other than those that enter attention."""
         return self.is_position_free[adapter_name] and self.rotation is not None
 
     def queries(self, query: torch.Tensor, reads: str, positions: PositionEmbeddings | None) -> torch.Tensor:
@@ -190,7 +189,9 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
     def _rotation_factors(
         self, query: torch.Tensor, positions: PositionEmbeddings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What undoes the rotation of queries: while `generate` runs, made once for all layers that get the same positions."""
+        """
+        The factors that undo the rotation of queries: in `generate`, made once for all layers with the same positions.
+        """
         assert self.rotation is not None
         memo = None if torch.compiler.is_compiling() else RUNNING.memo
         if memo is None:
@@ -209,12 +210,12 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return kept[0]
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
-        """Return what produces an adapter's prefix here."""
+        """Return the encoder that produces an adapter's prefix here."""
         encoder: Any = self.prefix_plus_encoder[adapter_name]
         return encoder
 
     def replace_encoder(self, adapter_name: str, encoder: PrefixEncoder) -> None:
-        """Let another encoder, whose prefix has its final scale, produce an adapter's prefix here."""
+        """Replace an adapter's encoder by another, whose prefix already has its final scale."""
         self.encoder(adapter_name).scaling.set(1.0, 1.0)
         encoder.take_scaling_from(self.prefix_plus_scaling, adapter_name)
         self.prefix_plus_encoder[adapter_name] = encoder
@@ -237,14 +238,15 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         """
-        Return the prefixes of the active adapters. While `generate` runs they are produced once, until a parameter changes.
+        Return the prefixes of the active adapters. While `generate` runs, they are produced only once unless a
+        parameter changes.
 
         Args:
             key (`torch.Tensor`): The real keys, (batch, kv_heads, kv_tokens, key_dim): their dtype and device count.
             value (`torch.Tensor`): The real values, (batch, kv_heads, kv_tokens, value_dim).
 
         Returns:
-            `tuple`: The one that shares a softmax with the real tokens, or `None`; and those that are added to its attention.
+            `tuple`: The joint prefix, or `None`, and the prefixes that are added to attention.
         """
         if self._disable_adapters:
             return None, ()
@@ -264,7 +266,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return produced
 
     def _turned(self, memo: Memo, produced: ActivePrefixes) -> ActivePrefixes:
-        """Let prefixes that are kept and read unrotated queries be turned to the position of a single one."""
+        """Let kept prefixes that read unrotated queries be turned to the position of a single query."""
         prefix, added = produced
         return (
             None if prefix is None else self._turned_with_others(memo, prefix, "joint"),
@@ -287,7 +289,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     @contextmanager
     def activating(self, adapter_names: list[str]) -> Iterator[None]:
-        """Let these adapters be the active ones here, and change nothing else (`set_adapter` would)."""
+        """Make these adapters the active ones here, and change nothing else, as `set_adapter` would."""
         active = self._active_adapter
         try:
             self._active_adapter = adapter_names
@@ -296,11 +298,11 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
             self._active_adapter = active
 
     def hiding(self, adapter_name: str) -> AbstractContextManager[None]:
-        """Leave an adapter out of those that are active here, and change nothing else."""
+        """Remove an adapter from the active ones here for a while, and change nothing else."""
         return self.activating([name for name in self.active_adapters if name != adapter_name])
 
     def _adapters_in_use(self) -> list[str]:
-        """The names that count for the next forward: the rows' own, or else the active ones."""
+        """The names of the adapters that the next forward uses: the rows' own, or else the active ones."""
         rows = self._rows()
         return self.active_adapters if rows is None else rows
 
@@ -310,7 +312,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return None if rows is None else rows.get(self)
 
     def _present(self, adapter_names: list[str]) -> list[str]:
-        """Those of the adapters that this layer has, each once."""
+        """The given adapters that this layer has, each once."""
         return list(dict.fromkeys(name for name in adapter_names if name in self.prefix_plus_encoder))
 
     def _sources(self, adapter_names: list[str]) -> Iterator[Source]:
@@ -349,7 +351,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name], reads)
 
     def remove_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of this layer, whether or not it is active."""
+        """Remove an adapter from this layer, whether or not it is active."""
         for attribute in self.adapter_layer_names + self.other_param_names:
             if adapter_name in getattr(self, attribute):
                 del getattr(self, attribute)[adapter_name]
@@ -357,8 +359,8 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """
-        Delete an adapter from this layer. If it was the only active one, the first of the model's remaining ones becomes
-        active: on every layer the same.
+        Delete an adapter from this layer. If it was the only active one, the first of the model's remaining ones
+        becomes active, the same one in every layer.
 
         Args:
             adapter_name (`str`): The name.
@@ -400,8 +402,8 @@ def _pass_positions(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
-    Before the forward of an attention module: name the position embeddings a second time, among the arguments that it
-    hands on to its attention function.
+    Before an attention module's forward, pass the position embeddings a second time, among the arguments that it
+    forwards to its attention function.
     """
     return args, {**kwargs, POSITIONS: position_embeddings_of(module, args, kwargs)}
 
@@ -420,7 +422,7 @@ def attach(attention: nn.Module, adapters: Collection[str]) -> PrefixPlusLayer:
 
 
 def detach(attention: nn.Module) -> None:
-    """Leave the attention module as it was before [`attach`]."""
+    """Restore the attention module to its state before [`attach`]."""
     layer: Any = getattr(attention, METHOD_NAME)
     layer.stop_passing_positions()
     if calls_attention_interface(attention):

@@ -48,8 +48,8 @@ class PrefixPlusModel(BaseTuner):
     """
     Puts learned keys and values before the real ones in the attention of chosen layers of a frozen model.
 
-    Made by [`get_peft_model`] from a [`PrefixPlusConfig`]. Every chosen attention module gets a [`PrefixPlusLayer`] as a
-    child and a view of its config that makes it, and no other module, call attention with a prefix. Base weights, masks,
+    [`get_peft_model`] makes it from a [`PrefixPlusConfig`]. Every chosen attention module gets a [`PrefixPlusLayer`]
+    as a child, and a view of its config that makes only this module call attention with a prefix. Base weights, masks,
     positions, caches and all other layers stay the base model's.
 
     Args:
@@ -103,7 +103,7 @@ class PrefixPlusModel(BaseTuner):
         self.before_loading = {adapter_name: before} if config.awaits_weights else {}
 
     def wrapped_by(self, parent: nn.Module) -> None:
-        """Take note of a module that this tuner becomes a child of."""
+        """Remember the module that this tuner becomes a child of."""
         if isinstance(parent, PeftModel):
             self._wrapper = ModelReference(parent)
             act_as_a_whole(parent)
@@ -152,7 +152,7 @@ class PrefixPlusModel(BaseTuner):
             self._selection = self._resolved = None
 
     def _start_as_measured(self, model: nn.Module, adapter_name: str) -> None:
-        """Let the prefix start where the base model's own queries, or keys and values, tell it to."""
+        """Start the prefix from the measured queries, or keys and values, of the base model."""
         given: Any = self.peft_config[adapter_name]
         config = self._resolved
         assert self._selection is not None and config is not None
@@ -226,13 +226,14 @@ class PrefixPlusModel(BaseTuner):
 
     def resolved_config(self, adapter_name: str = "default") -> PrefixPlusConfig:
         """
-        Return an adapter's configuration as it is saved: `position_free` is what it resolved to on this model.
+        Return an adapter's configuration as it is saved, with the value that `position_free` resolved to on this
+        model.
 
         Args:
             adapter_name (`str`, defaults to `"default"`): The adapter.
 
         Returns:
-            `PrefixPlusConfig`: A copy. The one in `peft_config` is the one that the adapter was made from.
+            `PrefixPlusConfig`: A copy. `peft_config` keeps the configuration that the adapter was made from.
 
         Raises:
             ValueError: If there is no PREFIX_PLUS adapter of that name.
@@ -259,8 +260,8 @@ class PrefixPlusModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """
-        Set the active adapter, or several at once: their prefixes then stand one after the other. An empty list
-        switches all prefixes off. Adapters of other methods that the model has are left as they are.
+        Set the active adapter, or several at once, whose prefixes are then concatenated. An empty list switches all
+        prefixes off. Adapters of other methods on the model stay as they are.
 
         Args:
             adapter_name (`str` or `list[str]`): The name or names.
@@ -329,19 +330,19 @@ class PrefixPlusModel(BaseTuner):
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
         """
-        Make several adapters into a new one, which is not active yet. The others stay.
+        Combine several adapters into a new one, which is not active yet. The others stay.
 
         Args:
             adapters (`list[str]`): The adapters.
             weights (`list[float]`): A weight for each.
             adapter_name (`str`): The name of the new adapter.
             combination_type (`str`, defaults to `"cat"`):
-                `"cat"`: the prefixes one after the other, with the output of all adapters active at once; all weights are 1.
-                `"linear"`: the sum of the weighted keys, values and gates, of adapters of one length.
+                `"cat"`: concatenate the prefixes; the output is that of all adapters active at once, and all weights
+                must be 1. `"linear"`: the weighted sum of keys, values and gates, for adapters of equal length.
 
         Raises:
-            ValueError: If there is no PREFIX_PLUS adapter of a name, `adapter_name` is taken, or the adapters cannot be made into
-                one (see [`compose`]). The model is then as it was.
+            ValueError: If there is no PREFIX_PLUS adapter of a name, `adapter_name` is taken, or the adapters cannot
+                be combined (see [`compose`]). The model is then as it was.
         """
         self._check_adapters(adapters)
         configs = {name: self.resolved_config(name) for name in adapters}
@@ -364,7 +365,7 @@ class PrefixPlusModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """
-        Let each row of a batch have the adapter that the argument `adapter_names` of forward or generate names.
+        Let each row of a batch use the adapter that `adapter_names`, an argument of forward or generate, names for it.
 
         Raises:
             ValueError: If the model is in training mode, or there is no adapter of a name.
@@ -392,7 +393,7 @@ class PrefixPlusModel(BaseTuner):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the base model does. Each layer's prefix is produced once for it."""
+        """Generate as the base model does. Each call produces each layer's prefix once."""
         with keeping_prefixes():
             return self.model.generate(*args, **kwargs)
 
@@ -459,7 +460,7 @@ class PrefixPlusModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
-        Give a checkpoint's tensors the names and dtypes that they have in the model.
+        Rename and cast a checkpoint's tensors to the names and dtypes that they have in the model.
 
         Raises:
             ValueError: If the checkpoint does not fit the adapter. Nothing is loaded then.
@@ -477,7 +478,7 @@ class PrefixPlusModel(BaseTuner):
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter's parameters out of every layer, and the layer off every module that it leaves bare."""
+    """Remove an adapter's parameters from every layer, and the layer from every module that then has no adapter."""
     for _, layer in list(prefix_layers(model)):
         layer.remove_adapter(adapter_name)
         if not layer.prefix_plus_encoder:

@@ -30,7 +30,7 @@ METHOD_NAME = "prefix_plus"
 
 
 def peft_type(value: str) -> PeftType:
-    """Return a member of `PeftType`. Unpickling goes through here, so that it imports (and registers) the method."""
+    """Return a member of `PeftType`. Unpickling calls this, which imports (and registers) the method."""
     return PeftType(value)
 
 
@@ -55,8 +55,8 @@ PREFIX_PLUS = _add_peft_type(METHOD_NAME.upper())
 
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner], attention_functions: dict[str, Any]) -> None:
     """
-    Register the method with PEFT, its attention functions with transformers, and a hook with torch that says when a module
-    becomes another's child.
+    Register the method with PEFT, its attention functions with transformers, and with torch a hook that runs when a
+    module becomes another's child.
 
     Args:
         config_cls: The configuration class.
@@ -75,7 +75,7 @@ _hook: RemovableHandle | None = None
 
 
 def _tell_of_wrappers(model_cls: Any) -> None:
-    """Let a tuner know the `PeftModel` that it becomes the `base_model` of: PEFT makes the tuner first, and then tells it nothing."""
+    """Tell a tuner the `PeftModel` whose `base_model` it becomes: PEFT makes the tuner first and does not tell it."""
     global _hook
     if _hook is not None:
         _hook.remove()

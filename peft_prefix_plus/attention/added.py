@@ -1,4 +1,4 @@
-"""What a prefix that has a softmax of its own, or none, adds to the base model's attention."""
+"""The term that a gated or decoupled prefix adds to the base model's attention."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DECOUPLED_CAP = 6.0
 
 def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
     """
-    What a prefix that does not share a softmax with the real tokens adds to the base model's attention.
+    The term that a prefix outside the real tokens' softmax adds to the base model's attention.
 
         with a gate:  tanh(gate) · softmax(s · Q P_Kᵀ) P_V          decoupled:  silu(cap(s · Q P_Kᵀ)) P_V
 
-    See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and PrefixMemory-Tuning (arXiv 2506.13674), which takes the prefix out of
-    the softmax as well. Without a softmax a score has no bound: cap(x) = c · tanh(x / c), with c = [`DECOUPLED_CAP`], keeps the
-    queries of a sink, or of one outlying dim, from growing what is added without end.
+    See LLaMA-Adapter (arXiv 2303.16199), section 3.2, and PrefixMemory-Tuning (arXiv 2506.13674), which takes the
+    prefix out of the softmax as well. Without a softmax only the cap bounds a score: cap(x) = c · tanh(x / c), with c
+    = [`DECOUPLED_CAP`], keeps a sink's queries, or a single outlier dim, from making the added term arbitrarily large.
 
     Args:
         query: The queries that the prefix reads, (batch, query_heads, tokens, key_dim).

@@ -17,7 +17,7 @@ from .config_view import with_model_config
 def attend_as_base(
     module: Any, *args: Any, implementation: str | None, eager: AttentionFunction, **kwargs: Any
 ) -> AttentionOutput:
-    """Call an attention implementation as the base model would; `eager` is the one of the module's own file."""
+    """Call an attention implementation as the base model would; `eager` is the function in the module's own file."""
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[arg-type]
     if implementation is not None and is_flash_attention_requested(requested_attention_implementation=implementation):
         module = with_model_config(module)  # flash attention looks its kernel up by the name in the config
@@ -26,7 +26,7 @@ def attend_as_base(
 
 def attention_family(name: str | None) -> str:
     """
-    Return which of the families of attention implementations a name belongs to: their masks differ.
+    Return the family of attention implementations that a name belongs to. Their masks differ.
 
     - `"eager"`: an additive mask; without one, all is seen.
     - `"sdpa"`: a bool or additive mask; without one, a causal module's queries see the keys up to their own.
@@ -34,7 +34,7 @@ def attention_family(name: str | None) -> str:
     - `"flex"`: a block mask.
 
     Raises:
-        ValueError: If the name belongs to none: a prefix cannot be added to a mask that cannot be read.
+        ValueError: If the name belongs to none, because its mask format is unknown.
     """
     name = (name or "").removeprefix("paged|")
     if name in ("eager", "sdpa"):
@@ -51,9 +51,9 @@ def attention_family(name: str | None) -> str:
 
 def eager_attention_function(module_class: type[nn.Module]) -> AttentionFunction:
     """
-    Return the eager attention function that a class of attention modules falls back on: one of its own file.
-
-    A few have none, and run by the functions that transformers registers only; theirs raises a `ValueError`.
+    Return the eager attention function in the file of an attention module's class, which the class falls back on. A
+    few classes have none and use only the functions that transformers registers; for these, the returned function
+    raises a `ValueError`.
     """
     forward = inspect.unwrap(module_class.forward)
     for name in forward.__code__.co_names:

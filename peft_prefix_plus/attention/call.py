@@ -1,4 +1,4 @@
-"""What a call of an attention function takes and returns."""
+"""The arguments and results of an attention function."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AttentionCall(NamedTuple):
         value (`torch.Tensor`): Shape (batch, kv_heads, kv_tokens, value_dim).
         mask: As the implementation expects it.
         prefix (`Prefix`): The prefix.
-        prefix_query (`torch.Tensor`): The queries that it reads: the same tensor as `query`, or the same queries otherwise
-            rotated, or both, (batch, query_heads, tokens, key_dim or 2 · key_dim).
+        prefix_query (`torch.Tensor`): The queries that the prefix reads: the same tensor as `query`, the same queries
+            without rotation, or both, (batch, query_heads, tokens, key_dim or 2 · key_dim).
         kwargs (`dict`): The further arguments, as the implementation expects them.
     """
 

@@ -1,4 +1,4 @@
-"""Attention with a prefix, by concatenation: the exact way that serves wherever the base implementation does."""
+"""Attention with a prefix, by concatenation: exact, and possible wherever the base implementation works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def concatenated_attention(attend: AttentionFunction, call: AttentionCall) -> At
     """
     softmax(s · Q [P_K ; K]ᵀ + mask) [P_V ; V], through the base model's own attention function.
 
-    Every query sees every prefix position, whatever the mask says of the real tokens.
+    Every query sees every prefix position, whatever the mask hides of the real tokens.
 
     Args:
         attend: The base model's attention function. With the implementation sdpa it takes a missing mask to mean causal
@@ -53,10 +53,9 @@ def concatenated_attention(attend: AttentionFunction, call: AttentionCall) -> At
 
 def concatenated_flash_attention(attend: AttentionFunction, call: AttentionCall) -> AttentionOutput:
     """
-    As [`concatenated_attention`], for a prefix that reads rotated queries and an `attend` that takes a 2-D mask of padding,
-    (batch, kv_tokens).
-
-    Its queries are the last of the keys, so that more keys before them are seen by all.
+    Like [`concatenated_attention`], for a prefix that reads rotated queries and an `attend` that takes a 2-D padding
+    mask, (batch, kv_tokens). Flash attention aligns the queries with the last keys, so every query sees additional
+    keys at the front.
     """
     _, _, module, query, key, value, padding, prefix, _, kwargs = call
     batch, length = key.shape[0], prefix.key.shape[1]

@@ -21,7 +21,7 @@ def reads_implementation(module_class: type[nn.Module]) -> bool:
 
 class ImplementationName(str):
     """
-    The name of an attention implementation that compares equal to it, and is looked up as another.
+    A string that compares equal to the name of one attention implementation, and is looked up as another.
 
     A few attention modules ask which implementation they run under (GPT-2, the sparse attention of DeepSeek 3.2): they
     must see their model's own, while the registry of attention functions must find ours.
@@ -47,7 +47,7 @@ class ImplementationName(str):
 
 class ConfigView:
     """
-    A config that differs from the one it shows in `_attn_implementation` alone.
+    A view of a config that differs from it only in `_attn_implementation`.
 
     Reading and writing any other attribute reads and writes the model's own config.
 
@@ -94,7 +94,7 @@ def model_config(module: nn.Module) -> Any:
 
 
 def registered_name(module: Any) -> str:
-    """Return the name of the attention function that a module's view of its config leads to."""
+    """Return the name of the attention function that a module's view of its config selects."""
     return vars(module.config)["_implementation"]
 
 
@@ -113,7 +113,7 @@ def with_model_config(module: Any) -> Any:
     """
     Show an attention function the module with the model's own config.
 
-    A view cannot do for both, the module's code and the functions below it: the one must find ours by the name, the other its
-    own, and a name has one hash.
+    One view cannot serve both the module's code and the functions below it: the code must find our function by the
+    name, the functions their own, and a name has only one hash.
     """
     return _WithModelConfig(module)

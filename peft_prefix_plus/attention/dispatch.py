@@ -1,4 +1,4 @@
-"""The attention function that a module with a prefix calls: which way of computing it is taken, and why."""
+"""The attention function that a module with a prefix calls: it chooses the way to compute attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXCLUDING_ARGUMENTS = {
 
 
 def why_concatenate(call: AttentionCall) -> str | None:
-    """Return why the fused way would not compute the same, so that the concatenating one is taken, or `None`."""
+    """Return why the fused way would give a different result, so that concatenation is needed, or `None`."""
     implementation, _, _, query, key, _, mask, prefix, _, kwargs = call
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func, which kernels called by hand know nothing of"
@@ -71,9 +71,9 @@ def prefix_attention(
 
     Where this thread watches the module, the watcher's function runs instead (see [`watching`]).
 
-    Without an active prefix it hands on to the implementation that the model's own config names, and that is all it
-    does. With one, the fused way is taken wherever it computes the same (see [`why_concatenate`]), and the concatenating
-    way, through that implementation, otherwise.
+    Without an active prefix it only calls the implementation that the model's own config names. With one, it takes the
+    fused way wherever that gives the same result (see [`why_concatenate`]), and otherwise concatenates and calls that
+    implementation.
 
     Args:
         module: An attention module with a [`PrefixHolder`].
@@ -115,7 +115,7 @@ def prefix_attention(
 def _met(
     holder: PrefixHolder, prefix: Prefix, query: torch.Tensor, positions: PositionEmbeddings | None
 ) -> tuple[Prefix, torch.Tensor]:
-    """A prefix, or the same one turned to the queries' position, and the queries that it reads."""
+    """Return a prefix, or the prefix turned to the queries' position, and the queries that it reads."""
     if prefix.reads == "rotated":
         return prefix, query
     if prefix.turned is not None and positions is not None and query.shape[2] == 1:
@@ -126,7 +126,7 @@ def _met(
 
 
 def _attend_with_prefix(call: AttentionCall) -> AttentionOutput:
-    """Attend by another implementation than sdpa, or with a paged cache."""
+    """Attend with an implementation other than sdpa, or with a paged cache."""
     implementation, eager, module, query, key, value, mask, prefix, _, kwargs = call
     family = attention_family(implementation)
     cache = kwargs.pop("cache", None)
@@ -154,12 +154,12 @@ def _attend_with_prefix(call: AttentionCall) -> AttentionOutput:
 
 
 def _is_special(kwargs: dict[str, Any]) -> bool:
-    """Whether a call has soft-capping or sinks, which of the implementations without kernels of their own only eager has."""
+    """Whether a call has soft-capping or sinks, which eager attention supports and sdpa does not."""
     return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
 
 
 def _merge_or_concatenate(call: AttentionCall) -> AttentionOutput:
-    """Attend, the prefix being that of eager attention or sdpa, by whichever way computes it."""
+    """Attend in the fused or the concatenated way, for eager attention or sdpa."""
     if why_concatenate(call) is None:
         # `query.device.type` makes its string anew each time, which takes longer than an operation on a token's tensors
         device = "cpu" if call.query.is_cpu else call.query.device.type

@@ -4,10 +4,10 @@ Attention over [P ; X] is the mix of attention over P and over X, weighted by th
 
     lse = logaddexp(lse_P, lse_X)        out = exp(lse_P - lse) · out_P + exp(lse_X - lse) · out_X
 
-The X part is the stock kernel on the keys and values as they are. The P part is two small matrix products in training, and a
-second call of the kernel in inference, where a single query is what matters. Backward calls the kernel's own backward with
-the merged out and lse, which is exact: with p = exp(s - lse) the softmax over all of [P ; X], the gradient of the scores is
-p · (dp - rowsum(dout · out)), and this is what the kernel computes for its part of them.
+The X part is the stock kernel on the keys and values as they are. The P part is two small matrix products in training,
+and a second call of the kernel in inference, where single queries matter most. Backward calls the kernel's own
+backward with the merged out and lse. That is exact: with p = exp(s - lse), the softmax over all of [P ; X], the
+gradient of the scores is p · (dp - rowsum(dout · out)), and the kernel computes exactly this for its own scores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .masks import finite_additive
 
 
 class _KernelCall(NamedTuple):
-    """How the kernel is called: everything that is not differentiated."""
+    """The arguments of the kernel that are not differentiated."""
 
     kernel: AttentionKernel
     mask: torch.Tensor | None
@@ -153,7 +153,7 @@ def _per_query_head(prefix: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """
     Repeat keys or values (kv_heads, prefix_tokens, dim) for each query head of a group, in float32 at least.
 
-    They are small. The queries are not, and so they stay as they lie in memory.
+    They are small. The queries are not, so they are not copied.
     """
     groups = query.shape[1] // prefix.shape[0]
     repeated = prefix.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)
@@ -176,7 +176,7 @@ def _reduce(weights: torch.Tensor, rows: torch.Tensor, prefix: torch.Tensor) -> 
 
 
 def _fold(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, query_heads, tokens, dim) → (query_heads, rows, dim): what all rows of a head have to do with one prefix."""
+    """(batch, query_heads, tokens, dim) → (query_heads, rows, dim): all rows of a head read the same prefix."""
     return tensor.squeeze(0) if tensor.shape[0] == 1 else tensor.transpose(0, 1).flatten(1, 2)
 
 
@@ -187,12 +187,15 @@ def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _KernelCall) -> tuple[Any, ...]:
-    """What the kernel is called with for the real tokens."""
+    """The kernel's inputs for the real tokens."""
     return query, key, _widened(value, key), call.mask, call.is_causal, call.scale
 
 
 def _widened(value: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Pad what is as wide as values with zeros to the keys' width: the kernels want both equal, latent attention's are not."""
+    """
+    Pad a tensor of the values' width with zeros to the keys' width: the kernels need both equal, and in latent
+    attention they differ.
+    """
     missing = key.shape[-1] - value.shape[-1]
     return F.pad(value, (0, missing)) if missing else value
 

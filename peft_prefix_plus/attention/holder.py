@@ -1,4 +1,4 @@
-"""What attention asks of whatever holds the prefixes of an attention module."""
+"""The protocol between attention and the module that holds the prefixes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PrefixHolder(Protocol):
     """
     Holds the prefixes of one attention module.
 
-    It is a child of the module. The child has the name of the attention function that leads to the prefix: the one that the
-    module's view of its config, or [`follow`] where a module computes attention itself, was made with.
+    It is a child of the module. The child's name is the name of the attention function that reads the prefix: the one
+    given to the module's view of its config or, if a module computes attention itself, to [`follow`].
 
     Attributes:
         eager_attention (`AttentionFunction`): The eager attention function of the file of a module that calls the attention
@@ -31,7 +31,7 @@ class PrefixHolder(Protocol):
 
     def forward(self, key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
         """
-        Return the prefixes that count for a forward: the joint one, or `None`, and those that are added to its attention.
+        Return the prefixes of a forward: the joint one, or `None`, and those that are added to attention.
 
         Args:
             key (`torch.Tensor`): The real keys, (batch, kv_heads, kv_tokens, key_dim): their dtype and device count.
@@ -52,6 +52,6 @@ class PrefixHolder(Protocol):
 
 
 def holder_of(module: Any) -> PrefixHolder:
-    """Return what holds the prefixes of a module that calls the attention interface."""
+    """Return the [`PrefixHolder`] of a module that calls the attention interface."""
     # `module.name` would be a search in Python that ends in `_modules`: this runs for every token and layer
     return module._modules[registered_name(module)]

@@ -1,7 +1,7 @@
 """
-Modules that compute attention themselves, without transformers' attention interface: how their forward is followed.
+Running the forward of modules that compute attention themselves, without transformers' attention interface.
 
-inline_mode.py says how the prefix gets in.
+inline_mode.py shows how the prefix enters.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def follow(module: nn.Module, child: str) -> None:
     """
     Let a module's prefixes take part in its forward, until [`unfollow`].
 
-    The module gets another class, of the same name, whose forward runs the one of its own class under an
-    [`InlineAttention`]. Hooks would not do: those after a forward do not run where Ctrl-C ends it, and would leave the mode in
-    place for all that the thread computes from then on.
+    The module gets another class, of the same name, whose forward runs its own class's forward under an
+    [`InlineAttention`]. Hooks are not enough: hooks after a forward do not run if Ctrl-C ends it, and the mode would
+    then stay active for everything that the thread computes afterwards.
 
     Args:
         module (`nn.Module`): The module.
@@ -47,7 +47,7 @@ def follow(module: nn.Module, child: str) -> None:
 
 
 def unfollow(module: nn.Module) -> None:
-    """Give a module the class back that it had before [`follow`]."""
+    """Restore the class that a module had before [`follow`]."""
     own = type(module)
     followed = vars(own).get("_followed")
     if followed is not None:  # as it is under another tool's class, where forward passes through
@@ -56,7 +56,10 @@ def unfollow(module: nn.Module) -> None:
 
 
 def _rebind(module: nn.Module, old: Any, new: Any) -> None:
-    """Turn what holds the forward of a module's old class (accelerate's hooks do) to that of its new class."""
+    """
+    Point anything that holds the forward of a module's old class (such as accelerate's hooks) to the new class's
+    forward.
+    """
     for name, value in list(vars(module).items()):
         if isinstance(value, types.MethodType) and value.__func__ is old.forward and value.__self__ is module:
             vars(module)[name] = types.MethodType(new.forward, module)
@@ -64,7 +67,7 @@ def _rebind(module: nn.Module, old: Any, new: Any) -> None:
 
 @cache
 def _followed_class(module_class: Any, child: str) -> Any:
-    """The class whose modules are those of another class, with prefixes."""
+    """The class of another class's modules once they have prefixes."""
 
     @wraps(module_class.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +124,7 @@ def attend_inline(
 
 
 def run_under(mode: InlineAttention, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run the forward of a mode's module under it, and leave it however the forward ends."""
+    """Run the forward of a mode's module under the mode, and leave the mode however the forward ends."""
     if torch.compiler.is_compiling():
         with mode:
             return forward(mode.module, *args, **kwargs)
@@ -139,7 +142,7 @@ def run_under(mode: InlineAttention, forward: Callable[..., Any], args: Any, kwa
 
 
 def _drop_modes_that_are_over() -> None:
-    """Take from this thread's stack what interrupts have left there."""
+    """Remove from this thread's stack the modes that interrupts have left there."""
     while isinstance(mode := _get_current_function_mode(), InlineAttention) and mode.is_over:
         _pop_mode()
 

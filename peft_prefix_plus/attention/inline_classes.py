@@ -1,4 +1,7 @@
-"""Modules that compute attention themselves: what is known of single classes, by name, and whether a class may be one of them."""
+"""
+Modules that compute attention themselves: facts about single classes, by name, and the test whether a class may be
+one.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ put at no distance from any query, which is to say, at that of the query itself,
 
 @cache
 def may_compute_attention(module_class: type[nn.Module]) -> bool:
-    """Whether a class's own functions take a softmax. Whether that is attention's, [`InlineAttention`] has to tell."""
+    """Whether a class's own functions compute a softmax. [`InlineAttention`] decides whether it is attention's."""
     if module_class.__name__ in NOT_OVER_TOKENS:
         return False
     names = {"softmax", "Softmax", "scaled_dot_product_attention"}

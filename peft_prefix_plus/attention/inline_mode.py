@@ -1,13 +1,14 @@
 """Attention with a prefix in modules that compute attention themselves, without transformers' attention interface.
 
-Older modules write the formula out: a product of queries and keys, scaling, biases and masks, a softmax, a product with the
-values. While such a module runs, and in it alone, PyTorch hands its operations to [`InlineAttention`], which follows the
-scores from the first product to the last. Nothing changes up to the softmax: there the prefix's own scores, with the same
-scaling and no bias, join those of the real tokens, and what the prefix's probabilities make of its values is added to the
-last product. Masks, position biases, ALiBi and the cache are the module's own and know nothing of it.
+Older modules compute attention step by step: a product of queries and keys, scaling, biases and masks, a softmax, a
+product with the values. While such a module runs, and in it alone, PyTorch passes its operations to
+[`InlineAttention`], which follows the scores from the first product to the last. Nothing changes up to the softmax.
+There the prefix's own scores, with the same scaling and no bias, join the scores of the real tokens. The product of
+the prefix's probabilities and values is added to the last product. The module's own masks, position biases, ALiBi and
+cache are not affected.
 
-An operation on the scores that is not known here ends the following, and the module counts as none that can be prefixed:
-the probe finds this out, before anything is changed.
+An operation on the scores that is not known here ends this, and the module cannot have a prefix. The probe finds this
+out before anything is changed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Scores:
     Attributes:
         query (`torch.Tensor`): Shape (batch, query_heads, tokens, key_dim) or (batch · query_heads, tokens, key_dim).
         key (`torch.Tensor`): The keys, transposed: (batch, kv_heads, key_dim, kv_tokens), or with merged heads.
-        scale (`float` or `torch.Tensor`): What the product of the two has been multiplied with so far.
+        scale (`float` or `torch.Tensor`): The factor on the product of the two so far.
     """
 
     query: torch.Tensor
@@ -62,7 +63,7 @@ class Scores:
 @dataclass(frozen=True)
 class Probabilities:
     """
-    What the softmax made of scores.
+    The result of the softmax over scores.
 
     Attributes:
         scores (`Scores`): The scores.
@@ -87,9 +88,10 @@ class InlineAttention(TorchFunctionMode):
         observe (`Observer`, *optional*): Told what the prefixes give.
 
     Attributes:
-        attended (`list`): Of every computation of attention that was followed to its end, the queries (batch,
-            query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the scores.
-        num_softmaxes (`int`): How many softmaxes were taken.
+        attended (`list`): For every computation of attention that was followed to its end, the queries (batch,
+            query_heads, tokens, key_dim), keys (batch, kv_heads, kv_tokens, key_dim), values, and the factor on the
+            scores.
+        num_softmaxes (`int`): How many softmaxes were computed.
         lost_at (`list[str]`): The operations at which scores could not be followed further.
         is_over (`bool`): Whether the forward has ended. From then on nothing is followed.
     """
@@ -113,7 +115,7 @@ class InlineAttention(TorchFunctionMode):
         return len(self.attended) == 1 and self.num_softmaxes == 1 + others
 
     def obstacle(self) -> str:
-        """Why the module's attention, if it is attention, is not complete."""
+        """Why the module's attention, if it has any, could not be followed."""
         if self.lost_at:
             return f"its products go through {', '.join(dict.fromkeys(self.lost_at))}"
         return f"of its softmaxes, {self.num_softmaxes} in all, {len(self.attended)} are of the attention formula"
@@ -145,7 +147,7 @@ class InlineAttention(TorchFunctionMode):
     def _follow(
         self, name: str, func: Any, args: Any, kwargs: Any, source: torch.Tensor, result: torch.Tensor
     ) -> torch.Tensor:
-        """Say what the result of an operation on scores or probabilities is, if it still is such."""
+        """Record what the result of an operation on scores or probabilities is, if it is still one of them."""
         state = self._followed[id(source)][1]
         has_their_keys = result.shape[-1:] == source.shape[-1:]  # a maximum over all of them has no dims
         if result is source:
@@ -196,7 +198,7 @@ class InlineAttention(TorchFunctionMode):
         return result
 
     def _softmax(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """softmax over the scores of [P ; X]; what is returned are the probabilities of X."""
+        """Compute the softmax over the scores of [P ; X], and return the probabilities of X."""
         self.num_softmaxes += 1
         scores, *rest = args if args else (kwargs.pop("input"),)
         state = self._followed.get(id(scores), (None, None))[1]
@@ -231,7 +233,7 @@ class InlineAttention(TorchFunctionMode):
         return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], prefix.key.shape[1])
 
     def _attend(self, state: Probabilities, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add what the prefix gives to the product of probabilities and real values."""
+        """Add the prefix's part to the product of probabilities and real values."""
         query, key = self._heads_apart(state.scores.query), self._heads_apart(state.scores.key).transpose(-1, -2)
         self.attended.append((query, key, self._heads_apart(value), state.scores.scale))
         probabilities, added = None, []

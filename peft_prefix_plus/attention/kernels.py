@@ -1,8 +1,8 @@
 """
 The stock attention kernels that also return their log-sum-exp, and when each can be used.
 
-They are private operators of PyTorch: none of the public ones serves (docs/method.md says which were looked at). So each is
-tried before it is used, see selfcheck.py.
+They are private operators of PyTorch, because none of the public ones works here (docs/method.md says why). So
+selfcheck.py checks each before it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AttentionKernel(Protocol):
     keys. The mask is additive and finite, (1 or batch, 1 or query_heads, tokens, kv_tokens), or `None`. `is_causal` says
     whether a query sees the key of its own index and those before it; only without a mask. `scale` is the factor on the scores.
 
-    Kernels have no state: one of a class is like any other.
+    Kernels have no state; all instances of a class are alike.
     """
 
     def is_offered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -37,7 +37,7 @@ class AttentionKernel(Protocol):
         ...
 
     def supports(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
-        """Whether the kernel takes inputs like these, where it is offered. Asked at every call."""
+        """Whether the kernel supports these inputs, if PyTorch has it. Asked at every call."""
         ...
 
     def forward(
@@ -65,12 +65,14 @@ class AttentionKernel(Protocol):
         lse: torch.Tensor,
         state: KernelState,
     ) -> Gradients:
-        """Return the gradients of queries, keys and values, given output and log-sum-exp of the whole softmax."""
+        """
+        Return the gradients of queries, keys and values, given the output and the log-sum-exp of the whole softmax.
+        """
         ...
 
 
 class CpuFlashKernel:
-    """PyTorch's flash attention for the CPU. It takes grouped-query heads and masks as they are."""
+    """PyTorch's flash attention for the CPU. It supports grouped-query heads and masks directly."""
 
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,7 +116,9 @@ class CpuFlashKernel:
 
 
 class CudaFlashKernel:
-    """PyTorch's flash attention for CUDA and ROCm: half precision, no mask. It takes grouped-query heads as they are."""
+    """
+    PyTorch's flash attention for CUDA and ROCm: half precision, no mask. It supports grouped-query heads directly.
+    """
 
     dtypes = (torch.bfloat16, torch.float16)
 
@@ -179,8 +183,8 @@ class CudaEfficientKernel:
     """
     PyTorch's memory-efficient attention for CUDA and ROCm: also float32, and with a mask.
 
-    It wants as many key as query heads, so grouped-query heads are repeated. For a single query, as in decoding, where keys
-    and values are nearly all there is, the queries of a group take the places of its tokens instead.
+    It needs as many key heads as query heads, so grouped-query heads are repeated. For a single query, as in decoding,
+    where keys and values are almost all of the data, the queries of a group take the place of tokens instead.
     """
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -251,7 +255,7 @@ class CudaEfficientKernel:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        Bring the inputs to one number of heads, that of the queries, or for a single query that of the keys:
+        Bring the inputs to the same number of heads: that of the queries or, for a single query, that of the keys,
         (batch, kv_heads, groups, dim). The mask is repeated for all rows and heads, aligned to 16 bytes.
         """
         batch, heads, tokens, dim = query.shape

@@ -1,4 +1,4 @@
-"""The masks of the attention implementations, written out for every query and key."""
+"""The masks of the attention implementations as dense masks, with a value for every query and key."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class FlashMask:
     """
     What flash attention lets each query see.
 
-    Its 2-D mask says which tokens are padding; the rest it derives from lengths: queries are the last of the keys, a window
-    counts back from each query, and packed sequences do not see each other. A prefix put before the keys would fall out of
-    the window and belong to the first of the packed sequences: there, the mask has to be written out.
+    Its 2-D mask says which tokens are padding. It derives the rest from lengths: queries align with the last keys, a
+    window counts back from each query, and packed sequences do not see each other. A prefix concatenated before the
+    keys would fall out of the window, or belong only to the first of the packed sequences. These cases need a dense
+    mask.
 
     Args:
         query (`torch.Tensor`): Shape (batch, query_heads, tokens, key_dim).
@@ -51,13 +52,13 @@ class FlashMask:
         return torch.cat([starts, starts.new_tensor([self.kv_tokens])]) if len(starts) > 1 else None
 
     def allows_concatenation(self, prefix_tokens: int) -> bool:
-        """Whether a prefix put before the keys is seen by every query all the same."""
+        """Whether every query would see a prefix concatenated before the keys."""
         is_packed = self.query_starts is not None
         is_within_window = self.sliding_window is None or self.kv_tokens + prefix_tokens <= self.sliding_window
         return is_within_window and not is_packed
 
     def is_implied(self) -> bool:
-        """Whether sdpa, given no mask, lets the queries see the same."""
+        """Whether sdpa without a mask lets the queries see the same keys."""
         is_aligned = not self.is_causal or self.tokens in (1, self.kv_tokens)
         return is_aligned and self.padding is None and self.allows_concatenation(0)
 
@@ -94,7 +95,7 @@ class FlashMask:
 
 def dense_flex_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
     """
-    Write out the mask of flex attention.
+    Make a dense mask from the mask of flex attention.
 
     Args:
         mask (`BlockMask` or `torch.Tensor`, *optional*): A block mask, or an additive mask.

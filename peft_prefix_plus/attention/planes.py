@@ -1,4 +1,4 @@
-"""The planes that rotary position embeddings turn: the two ways in which the dims of a vector lie in them."""
+"""The planes that rotary position embeddings turn, and the two layouts of a vector's dims in them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def turn_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_int
 
     Args:
         states (`torch.Tensor`): The vectors, (…, dims), two dims per plane.
-        cos (`torch.Tensor`): What each dim is multiplied with, and
-        sin (`torch.Tensor`): its partner in the plane: what [`factors_of_dims`] returns, broadcast against the vectors.
+        cos (`torch.Tensor`): The factor on each dim, as [`factors_of_dims`] returns it, broadcast against the vectors.
+        sin (`torch.Tensor`): The factor on its partner in the plane, likewise.
         is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the dims apart (GPT-NeoX).
     """
     if is_interleaved:
@@ -23,7 +23,9 @@ def turn_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_int
 
 
 def factors_of_dims(cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring cosines and sines of planes, (…, planes) each, to the factors of [`turn_back`], (…, dims) each."""
+    """
+    Expand cosines and sines of planes, (…, planes) each, to the factors that [`turn_back`] takes, (…, dims) each.
+    """
     if is_interleaved:
         return cos.repeat_interleave(2, dim=-1), torch.stack((sin, -sin), dim=-1).flatten(-2)
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)

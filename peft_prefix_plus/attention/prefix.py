@@ -17,7 +17,7 @@ PrefixOfRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 @dataclass(frozen=True)
 class Prefix:
     """
-    Keys and values that stand before the real ones in one attention module.
+    The keys and values of a prefix in one attention module.
 
     Attributes:
         key (`torch.Tensor`): Shape (kv_heads, prefix_tokens, key_dim).
@@ -27,10 +27,11 @@ class Prefix:
         gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
             tanh(gate) times its attention is added to that of the base model.
         is_decoupled (`bool`): Whether the prefix is added to the base model's attention without a softmax.
-        reads (`str`): Which queries the keys meet: `"rotated"` ones, as they come from the module; `"unrotated"`, where RoPE has
-            been undone; or `"both"`, one after the other, (…, 2 · key_dim), the keys being as wide.
-        turned (`Callable`, *optional*): Called with the position embeddings of a single query in every row and the number of
-            rows, it returns the prefix that meets this query, rotated, as this one meets it unrotated: see [`TurnedPrefixes`].
+        reads (`str`): Which queries the keys meet: `"rotated"`, as the module gives them; `"unrotated"`, with RoPE
+            undone; or `"both"`, concatenated, (…, 2 · key_dim), with keys of the same width.
+        turned (`Callable`, *optional*): Called with the position embeddings of a single query in every row and the
+            number of rows, it returns a prefix that scores the rotated query as this prefix scores it unrotated: see
+            [`TurnedPrefixes`].
     """
 
     key: torch.Tensor
@@ -49,8 +50,9 @@ class Prefix:
 
     def for_rows(self, batch: int) -> PrefixOfRows:
         """
-        Return keys (batch, kv_heads, prefix_tokens, key_dim), values (batch, kv_heads, prefix_tokens, value_dim) and mask
-        (batch, 1, 1, prefix_tokens), or `None`. Those of the last batch size are kept: decoding asks for them at every token.
+        Return keys (batch, kv_heads, prefix_tokens, key_dim), values (batch, kv_heads, prefix_tokens, value_dim) and
+        mask (batch, 1, 1, prefix_tokens), or `None`. The result for the last batch size is kept, because decoding asks
+        for it at every token.
         """
         if not self._rows or self._rows[0][0] != batch:
             sizes = (batch, -1, -1, -1)
@@ -60,8 +62,8 @@ class Prefix:
 
     def turned_to(self, key: torch.Tensor, key_of_rows: torch.Tensor) -> Prefix:
         """
-        Return the same prefix with keys, (kv_heads, prefix_tokens, key_dim), that meet rotated queries. They come with
-        what [`Prefix.for_rows`] makes of them, (batch, kv_heads, prefix_tokens, key_dim).
+        Return the same prefix with keys, (kv_heads, prefix_tokens, key_dim), that meet rotated queries. The result of
+        [`Prefix.for_rows`] for them, (batch, kv_heads, prefix_tokens, key_dim), is given too.
         """
         turned = Prefix(key, self.value, self.mask, self.gate, self.is_decoupled)
         _, value, mask = self.for_rows(key_of_rows.shape[0])
@@ -93,9 +95,9 @@ ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
 
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """
-    Put prefixes one after the other.
+    Concatenate prefixes.
 
-    Where they belong to different rows of a batch, each row sees its own and the masks hide the others.
+    If they belong to different rows of a batch, each row sees its own prefix, and the masks hide the others.
 
     Args:
         prefixes (`Sequence[Prefix]`): At least one; either all have a mask or none has.

@@ -1,8 +1,7 @@
-"""Rotary position embeddings (RoPE, arXiv 2104.09864) of queries, undone.
-
-A key of a prefix has no place in the text. Put at a fixed one, it meets queries that RoPE has turned by their positions, so that
-what it finds in a query depends on where that stands. Turned back, all queries see it alike, as they see a token at
-their own position.
+"""
+Undoing the rotary position embeddings (RoPE, arXiv 2104.09864) of queries. A key of a prefix has no position in the
+text. At a fixed position, its score with a query would depend on the query's position. With the rotation of the
+queries undone, all queries see it alike, as they see a token at their own position.
 """
 
 from __future__ import annotations
@@ -45,10 +44,11 @@ class QueryRotation:
 
     Attributes:
         is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the rotated dims apart (GPT-NeoX).
-        arrangement (`str`): Where a plane's cosine is: `"halves"`, at the place of either dim, half the width apart;
-            `"neighbours"`, next to each other; `"once"`, a single one per plane.
+        arrangement (`str`): The layout of the cosines: `"halves"`, one for each dim of a plane, half the width apart;
+            `"neighbours"`, one for each dim, next to each other; `"once"`, a single one per plane.
         is_clockwise (`bool`): Whether the planes turn the other way.
-        is_last (`bool`): Whether the last dims of a query are those rotated, if not all are (latent attention), or the first.
+        is_last (`bool`): If only some dims of a query are rotated: whether these are the last ones (latent attention)
+            or the first.
     """
 
     is_interleaved: bool = False
@@ -62,16 +62,17 @@ class QueryRotation:
 
         Args:
             states (`torch.Tensor`): Shape (batch, heads, tokens, dim), rotated.
-            position_embeddings (`PositionEmbeddings`): What they were rotated by; if there are more of them, the last.
+            position_embeddings (`PositionEmbeddings`): What they were rotated by; of more positions than tokens, the
+                last count.
 
         Returns:
-            `torch.Tensor`: Of the same shape. Where the embeddings have a factor on the scores (YaRN, arXiv 2309.00071), it has
-            that factor squared: as a query at a key's own position would have in their product.
+            `torch.Tensor`: The same shape. If the embeddings include a factor on the scores (YaRN, arXiv 2309.00071),
+            the result has that factor squared, like the product of a query and a key at the same position.
         """
         return self.undo_by(states, *self.factors(states, position_embeddings, states.shape[2]))
 
     def undo_by(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """As [`QueryRotation.undo`], by what [`QueryRotation.factors`] has made of the embeddings."""
+        """Like [`QueryRotation.undo`], with the factors that [`QueryRotation.factors`] made from the embeddings."""
         width = cos.shape[-1]
         rest = states.shape[-1] - width
         if rest:
@@ -97,7 +98,7 @@ class QueryRotation:
         self, states: torch.Tensor, position_embeddings: PositionEmbeddings, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What each rotated dim, and its partner in the plane, are multiplied with at the last positions, (batch, 1, tokens,
+        The factors on each rotated dim, and on its partner in the plane, at the last positions, (batch, 1, tokens,
         rotated dims) each, in the dtype of the states.
         """
         if isinstance(position_embeddings, torch.Tensor):
@@ -116,18 +117,17 @@ class QueryRotation:
 
 def find_rotation(module: nn.Module) -> QueryRotation | None:
     """
-    Tell from its class how an attention module rotates the queries that it rotates.
-
-    No weight is looked at, so that all processes of a sharded model, of which one only may have weights, find the same.
+    Find out from an attention module's class how it rotates queries. This reads no weights, so all processes of a
+    sharded model, of which only one may have weights, get the same result.
 
     Args:
         module (`nn.Module`): The attention module.
 
     Returns:
-        `QueryRotation`: `None` if the module knows nothing of RoPE.
+        `QueryRotation`: `None` if the module does not use RoPE.
 
     Raises:
-        ValueError: If it applies one that cannot be undone here: the message says why.
+        ValueError: If its rotation cannot be undone here; the message says why.
     """
     forward = inspect.unwrap(type(module).forward)
     names = [name for name in forward.__code__.co_names if "apply_rot" in name or "apply_multi" in name]
@@ -158,7 +158,7 @@ _placed = cache(replace)  # modules that rotate alike have the same object
 
 @cache
 def _rotation_of(function: Callable[..., Any]) -> QueryRotation | None:
-    """Find what a function that rotates queries, and perhaps keys, does to queries, by trying it."""
+    """Find out by trial what a function that rotates queries, and perhaps keys, does to queries."""
     planes, tokens = 4, 3
     options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     states = torch.linspace(-1.0, 1.0, 2 * planes * tokens, **options).view(1, 1, tokens, -1).sin()
@@ -179,7 +179,9 @@ def _rotation_of(function: Callable[..., Any]) -> QueryRotation | None:
 def _rotated(
     function: Callable[..., Any], states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor | None:
-    """What a function makes of queries (batch, heads, tokens, dim) if it is called as modules call it, or `None`."""
+    """
+    The queries (batch, heads, tokens, dim) that a function returns if it is called as modules call it, or `None`.
+    """
     parameters = list(inspect.signature(function).parameters)
     try:
         if "freqs_cis" in parameters:
@@ -215,7 +217,7 @@ def position_embeddings_of(
 
 
 def has_known_form(position_embeddings: Any) -> bool:
-    """Whether what a module gets as its position embeddings can be read here (DeepSeek V4's are a dict)."""
+    """Whether a module's position embeddings have a known format (DeepSeek V4's are a dict)."""
     if isinstance(position_embeddings, torch.Tensor):
         return position_embeddings.is_complex() and position_embeddings.dim() == 3
     return (

@@ -1,17 +1,17 @@
 """
-No kernel is used before it has been tried.
+No kernel is used before it has been checked.
 
-The kernels are private operators, each of them another program on every kind of device, for every dtype and width of heads, in
-every version of PyTorch. So before its first use there, in each process, a kernel is tried: attention with a prefix, forward
-and backward, is computed by the fused way on small inputs and compared with the concatenating way in float64. A kernel that
-gives another result, or raises, is not used there, and a warning says so.
+The kernels are private operators, and each is a different program for every kind of device, dtype, head width and
+version of PyTorch. So before a kernel is first used for one of these in a process, attention with a prefix, forward
+and backward, is computed in the fused way on small inputs and compared with the concatenated way in float64. A kernel
+that gives a different result, or raises, is not used there, and a warning says so.
 
-The environment variable PREFIX_PLUS_KERNEL_CHECK=0 switches this off: all kernels are then used untried.
+The environment variable PREFIX_PLUS_KERNEL_CHECK=0 switches this off; all kernels are then used unchecked.
 
-The trial runs in a thread of its own, where the modes of the caller (gradients, inference, autocast, functions and dispatches
-that are intercepted, a trace of torch.compile) do not exist. It draws no random numbers of theirs. torch.compile
-calls [`is_proven`] while it traces, and the graph holds the outcome. While a CUDA graph is captured nothing can be tried: a kernel
-that has not been tried before gives way to the concatenating way in this graph.
+The check runs in its own thread, without the caller's modes (gradients, inference, autocast, intercepted functions and
+dispatches, a trace of torch.compile). It draws none of the caller's random numbers. torch.compile calls [`is_proven`]
+while it traces, and the graph holds the result. While a CUDA graph is being captured nothing can be checked, so the
+graph uses the concatenated way in place of an unchecked kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def find_kernel(
     mask: torch.Tensor | None,
     is_causal: bool,
 ) -> AttentionKernel | None:
-    """Return the first kernel that takes these inputs on a type of device and gives the right results there, or `None`."""
+    """
+    Return the first kernel that supports these inputs on a type of device and gives the right results there, or
+    `None`.
+    """
     if value.shape[-1] > key.shape[-1] or not query.dtype == key.dtype == value.dtype:
         return None
     for kernel in kernels.KERNELS.get(device, ()):
@@ -79,7 +82,10 @@ _trying = threading.Lock()
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_proven(kernel: type[AttentionKernel], device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a kernel may be used on a device for heads of a dtype and width: tried at the first question, known ever after."""
+    """
+    Whether a kernel may be used on a device for heads of a dtype and width. Checked at the first call, then
+    remembered.
+    """
     verdict = _verdicts.get((kernel, device, dtype, head_dim))
     return _try_once(_Kind(kernel, device, dtype, head_dim)) if verdict is None else verdict
 
@@ -212,7 +218,7 @@ def _reference(case: _Case) -> dict[str, torch.Tensor]:
 
 
 def _call(case: _Case, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> AttentionCall:
-    """The call of an attention function that a computation stands for."""
+    """The call of an attention function for one computation."""
     query, key, value, prefix_key, prefix_value, *own = inputs
     prefix_mask = None if case.prefix_mask is None else case.prefix_mask.to(query.device)
     prefix = Prefix(prefix_key, prefix_value, prefix_mask, reads="unrotated" if own else "rotated")
@@ -223,7 +229,7 @@ def _call(case: _Case, inputs: list[torch.Tensor], mask: torch.Tensor | None) ->
 
 
 def _results(case: _Case, output: torch.Tensor, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An output and its gradients by the inputs, all weighted alike by both ways."""
+    """An output and its gradients with respect to the inputs, weighted alike for both ways."""
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
     gradients = torch.autograd.grad(output, inputs, weights.to(output))
     return {"output": output.detach()} | {
@@ -240,7 +246,7 @@ def _attention(
     scaling: float,
     is_causal: bool,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(s · Q Kᵀ + mask) V, the causal mask being written out: what no kernel has a part in."""
+    """softmax(s · Q Kᵀ + mask) V with a dense causal mask, without any kernel."""
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, dim=1).transpose(-1, -2) * scaling
     if mask is not None:

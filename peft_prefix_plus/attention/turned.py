@@ -1,4 +1,7 @@
-"""Prefixes turned to the position of a query, all layers' at once: what undoing the rotation in every layer would cost more for."""
+"""
+Prefixes of all layers turned to the position of a query at once, which is cheaper than undoing the rotation in every
+layer.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ class TurnedPrefixes:
     """
     The prefixes of layers that read unrotated queries and have one shape, each turned to the position of a single query.
 
-    A prefix p meets an unrotated query as the prefix R p meets the query that R has rotated. Decoding has one position for all
-    layers, so that the keys of all are turned in three operations on small tensors, where undoing the rotation of the queries
-    takes as many in every layer.
+    A prefix p scores an unrotated query as the prefix R p scores the query rotated by R. Decoding has one position for
+    all layers, so three operations on small tensors turn the keys of all layers. Undoing the rotation of the queries
+    would take as many in every layer.
 
     Args:
         rotation (`QueryRotation`): How the layers rotate their queries.
@@ -47,7 +50,7 @@ class TurnedPrefixes:
         self._has_given_up = False
 
     def add(self, owner: Hashable, prefix: Prefix) -> Prefix:
-        """Let a prefix, in the place of the owner's last one, be among those that are turned, and return it as one that is."""
+        """Add a prefix to the turned ones, in place of the owner's last one, and return it with `turned` set."""
         prefix = self._prefixes[owner] = replace(prefix, turned=partial(self.at, owner))
         self._stacked = None
         self._turned.clear()
@@ -57,8 +60,8 @@ class TurnedPrefixes:
         """
         Return the prefix of a layer for queries (batch, query_heads, 1, key_dim) as they enter attention.
 
-        `None` where it would take more than undoing the queries' rotation: the rows are at positions of their own, or the
-        layers turn out to get position embeddings of their own.
+        `None` if this would cost more than undoing the queries' rotation, because the rows are at different positions,
+        or the layers get different position embeddings.
         """
         self._num_asked += 1
         carrier = positions if isinstance(positions, torch.Tensor) else positions[0]

@@ -1,7 +1,8 @@
 """
 Who watches the attention modules: a probe, or a measure of what prefixes give.
 
-Watchers see the forwards of their own thread alone. The modules do not know of them, so that other threads run them as ever.
+Watchers see only the forwards of their own thread. The modules do not know about them, so other threads run them as
+usual.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def watching(interface: Watchers, inline: Watchers) -> Iterator[None]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Let modules run as ever, in this thread, for a watcher that asks them."""
+    """Let modules run as usual in this thread, for a watcher that calls them."""
     outer = THREAD.interface, THREAD.inline
     THREAD.interface = THREAD.inline = None
     try:
