@@ -228,9 +228,10 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) ->
     inherited = {item.name for item in dataclasses.fields(PeftConfig)}
     names = [item.name for item in dataclasses.fields(PrefixPlusConfig) if item.name not in inherited]
     differing = [
-        f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here" for name in names if
-        getattr(saved, name, None) != getattr(config, name) and (name, getattr(config, name)) != ("position_free",
-        None) # the saved one has what it resolved to
+        f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here"
+        for name in names
+        if getattr(saved, name, None) != getattr(config, name)
+        and (name, getattr(config, name)) != ("position_free", None)  # the saved one has what it resolved to
     ]
     base = saved.base_model_name_or_path
     if base is not None and Path(base).absolute() != Path(model).absolute():
