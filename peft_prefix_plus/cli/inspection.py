@@ -125,9 +125,7 @@ def rows_of(model: Any, adapter_name: str = "default") -> list[Row]:
 
 
 def mean_masses(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """
-    The attention that the prefix draws, (query_heads,) for each module: the mean over the real tokens of all batches.
-    """
+    """The attention that the prefix draws, (query_heads,) for each module: the mean over the real tokens of all batches."""
     totals: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:

@@ -66,7 +66,9 @@ def probe_inputs(
 
 
 def text_config(config: PreTrainedConfig, of_decoder: bool) -> PreTrainedConfig:
-    """The part of a model's config that is about text. If the encoder and the decoder each have one, the requested one."""
+    """
+    The part of a model's config that is about text. If the encoder and the decoder each have one, the requested one.
+    """
     has_both = getattr(config, "text_encoder", None) is not None and getattr(config, "decoder", None) is not None
     return config.get_text_config(decoder=of_decoder, encoder=not of_decoder) if has_both else config.get_text_config()
 

@@ -66,7 +66,10 @@ def models_in(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return the device that a module computes on: if it is offloaded, the one that accelerate moves it to, else that of its weights."""
+    """
+    Return the device that a module computes on: if it is offloaded, the one that accelerate moves it to, else that of
+    its weights.
+    """
     for submodule in module.modules():
         hook = getattr(submodule, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):

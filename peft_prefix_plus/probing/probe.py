@@ -161,7 +161,10 @@ class _Search:
             ) from error
 
     def reach(self, prefix: str, model: PreTrainedModel) -> None:
-        """Run a model, whose modules' names have a prefix, on one candidate input after another until it works, or else run its parts."""
+        """
+        Run a model, whose modules' names have a prefix, on one candidate input after another until it works, or else
+        run its parts.
+        """
         if prefix in self._tried:
             return
         self._tried.add(prefix)
@@ -210,7 +213,10 @@ class _Search:
                     self.failures[name] = f"alone, it cannot be run ({type(error).__name__}: {error})"
 
     def missing(self) -> list[str]:
-        """The attention modules of which nothing is known yet, except those that a successful run of their model does not reach."""
+        """
+        The attention modules of which nothing is known yet, except those that a successful run of their model does not
+        reach.
+        """
         return [
             name
             for name, module in self.modules.items()

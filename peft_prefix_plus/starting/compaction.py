@@ -149,7 +149,9 @@ def log_weights(reading: Reading, key: torch.Tensor) -> torch.Tensor:
 
 
 def folding_direction(query: torch.Tensor) -> torch.Tensor:
-    """Find the vector, (key_dim,), that all queries (queries, key_dim) score as close to 1 as possible, by least squares."""
+    """
+    Find the vector, (key_dim,), that all queries (queries, key_dim) score as close to 1 as possible, by least squares.
+    """
     products = _gram(query, query)
     direction = torch.linalg.solve(_with_ridge(products, FOLDING_RIDGE), query.sum(dim=0).to(products))
     return direction.to(query)

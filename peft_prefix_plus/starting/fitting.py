@@ -110,7 +110,10 @@ def _connected(cells: list[_Cell]) -> list[list[_Cell]]:
 
 
 def _fit_inputs(component: list[_Cell]) -> None:
-    """Set the learned inputs of a component to the leading left singular vectors of its targets, if there are too many rows."""
+    """
+    Set the learned inputs of a component to the leading left singular vectors of its targets, if there are too many
+    rows.
+    """
     rows = _grouped(component, "virtual_tokens")
     matrix = _balanced(torch.cat([_wanted(row) for row in rows]), _grouped(rows[0], "output"))
     weights = [row[0].encoder.part("virtual_tokens").weight for row in rows]

@@ -1,4 +1,6 @@
-"""A base model's attention modules while it reads a text: the text's keys and values, and the queries that come after it."""
+"""
+A base model's attention modules while it reads a text: the text's keys and values, and the queries that come after it.
+"""
 
 from __future__ import annotations
 
