@@ -10,7 +10,8 @@ from .conversion.cartridge import from_cartridge, to_cartridge
 from .conversion.flatten import flatten, prefix_key_values
 from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .insight.attention_mass import prefix_attention_mass
-from .insight.plots import plot_attention_mass, plot_prefix_norms, plot_training_curve
+from .insight.contribution import prefix_contribution
+from .insight.plots import plot_attention_mass, plot_prefix_contribution, plot_prefix_norms, plot_training_curve
 from .insight.pruning import LayerSuggestion, prune_layers, suggest_layers
 from .layer import PrefixPlusLayer
 from .model import PrefixPlusModel
@@ -48,9 +49,11 @@ __all__ = [
     "initialize_from_key_values",
     "initialize_from_text",
     "plot_attention_mass",
+    "plot_prefix_contribution",
     "plot_prefix_norms",
     "plot_training_curve",
     "prefix_attention_mass",
+    "prefix_contribution",
     "prefix_key_values",
     "prefix_plus_param_groups",
     "prune_layers",

@@ -17,6 +17,7 @@ from peft_prefix_plus import (
     from_prefix_tuning,
     initialize_from_key_values,
     prefix_attention_mass,
+    prefix_contribution,
     prefix_key_values,
     prefix_plus_param_groups,
     prune_layers,
@@ -36,6 +37,7 @@ def use_what_is_public(path: Path) -> None:
     tokens = torch.arange(8)[None]
     assert_type(prefix_key_values(model), dict[str, tuple[torch.Tensor, torch.Tensor]])
     assert_type(prefix_attention_mass(model, input_ids=tokens), dict[str, torch.Tensor])
+    assert_type(prefix_contribution(model, input_ids=tokens), dict[str, torch.Tensor])
     assert_type(initialize_from_key_values(model, prefix_key_values(model)), dict[str, Residual])
     assert_type(suggest_layers(model, [{"input_ids": tokens, "labels": tokens}], 0.5), LayerSuggestion)
     torch.optim.AdamW(prefix_plus_param_groups(model, lr=1e-3))

@@ -8,7 +8,7 @@ from .holder import PrefixHolder
 from .inline import attend_inline, follow, run_under, unfollow
 from .inline_classes import UNSUPPORTED, may_compute_attention
 from .inline_mode import InlineAttention
-from .observed import Observer, observed_attention
+from .observed import Observation, Observer, observed_attention
 from .prefix import ActivePrefixes, Prefix, concatenated
 from .rotary import POSITIONS, PositionEmbeddings, QueryRotation, find_rotation, has_known_form, position_embeddings_of
 from .turned import TurnedPrefixes
@@ -24,6 +24,7 @@ __all__ = [
     "AttentionOutput",
     "ConfigView",
     "InlineAttention",
+    "Observation",
     "Observer",
     "PositionEmbeddings",
     "Prefix",

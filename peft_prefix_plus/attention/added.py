@@ -39,8 +39,8 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     weights = _capped_silu(scores, scale) if prefix.gate is None else (scores * scale).softmax(dim=-1)
-    if weights.dtype != query.dtype:
-        weights = weights.to(query.dtype)
+    if weights.dtype != prefix.value.dtype:
+        weights = weights.to(prefix.value.dtype)
     attended = torch.bmm(weights, prefix.value).view(heads, batch, tokens, value_dim).permute(1, 2, 0, 3)
     if prefix.gate is not None:
         attended = attended * prefix.gate.tanh()[:, None]

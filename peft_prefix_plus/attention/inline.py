@@ -109,7 +109,7 @@ def attend_inline(
         forward: The forward of its class.
         args: The forward's arguments.
         kwargs: Those by keyword.
-        observe: Told of the attention that falls on the prefix.
+        observe: Told what the prefixes give.
 
     Raises:
         RuntimeError: If the module computes attention in another way than when the adapter was added.

@@ -26,7 +26,7 @@ from .call import AttentionCall
 from .concatenated import concatenated_attention
 from .inline_classes import ALIBI, HEAD_COUNTS, OTHER_SOFTMAXES
 from .masks import finite_additive
-from .observed import Observer, prefix_probabilities
+from .observed import Observation, Observer, prefix_probabilities
 from .operations import (
     BIASES,
     PROBABILITY_KEEPING,
@@ -84,8 +84,8 @@ class InlineAttention(TorchFunctionMode):
 
     Args:
         module (`nn.Module`): The module.
-        source (`PrefixSource`, *optional*): Where prefixes come from. Without it, the result stays the same.
-        observe (`Observer`, *optional*): Told of the attention that falls on the prefix.
+        source (`PrefixSource`, *optional*): Where prefixes come from. Without it, what is computed stays the same.
+        observe (`Observer`, *optional*): Told what the prefixes give.
 
     Attributes:
         attended (`list`): For every computation of attention that was followed to its end, the queries (batch,
@@ -236,17 +236,18 @@ class InlineAttention(TorchFunctionMode):
         """Add the prefix's part to the product of probabilities and real values."""
         query, key = self._heads_apart(state.scores.query), self._heads_apart(state.scores.key).transpose(-1, -2)
         self.attended.append((query, key, self._heads_apart(value), state.scores.scale))
+        probabilities, added = None, []
         if state.prefix is not None and state.of_prefix is not None:
             probabilities = state.of_prefix.reshape(*query.shape[:-1], state.of_prefix.shape[-1])
             attended = probabilities @ state.prefix.value.to(probabilities.dtype)
             output = output + attended.to(output.dtype).reshape(output.shape)
-            if self.observe is not None:
-                self.observe(probabilities)
-        elif self.observe is not None and state.added:
-            self.observe(None)
-        for added in state.added:
-            attended = added_attention(query, added.to(query, value), state.scores.scale).transpose(1, 2)
+        for each in state.added:
+            attended = added_attention(query, each.to(query, value), state.scores.scale).transpose(1, 2)
             output = output + attended.to(output.dtype).reshape(output.shape)
+            added.append((each, attended))
+        if self.observe is not None and (probabilities is not None or added):
+            by_heads = output.reshape(*query.shape[:-1], -1)
+            self.observe(Observation(by_heads, state.prefix, probabilities, tuple(added)))
         return output
 
     def _scaled_dot_product_attention(
@@ -265,6 +266,7 @@ class InlineAttention(TorchFunctionMode):
         self.num_softmaxes += 1
         self.attended.append((query, key, value, query.shape[-1] ** -0.5 if scale is None else scale))
         prefix, added_prefixes = (None, ()) if self.source is None else self.source(key, value)
+        probabilities, added = None, []
 
         def attend(module: nn.Module, *tensors: torch.Tensor | None, is_causal: bool = False) -> Any:
             return func(*tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **kwargs), None
@@ -278,11 +280,13 @@ class InlineAttention(TorchFunctionMode):
             call = AttentionCall("sdpa", func, self.module, query, key, value, attn_mask, prefix, query, options)
             output = concatenated_attention(lambda *tensors, **_: attend(*tensors), call)[0]
             if self.observe is not None:
-                self.observe(prefix_probabilities(query, key, prefix, query, attn_mask, is_causal, scale))
-        if prefix is None and added_prefixes and self.observe is not None:
-            self.observe(None)
-        for added in added_prefixes:
-            output = output + added_attention(query, added, scale).transpose(1, 2)
+                probabilities = prefix_probabilities(query, key, prefix, query, attn_mask, is_causal, scale)
+        for each in added_prefixes:
+            attended = added_attention(query, each, scale).transpose(1, 2)
+            output = output + attended
+            added.append((each, attended))
+        if self.observe is not None and (prefix is not None or added):
+            self.observe(Observation(output, prefix, probabilities, tuple(added)))
         return output
 
     def _heads_apart(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
-"""How much of each query's attention falls on the prefix. This only observes; the model never computes with it."""
+"""What prefixes give to each query's attention: what is looked at, never what the model computes with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from .added import added_attention
 from .base import attention_family
 from .call import AttentionOutput
 from .config_view import model_config
@@ -18,11 +19,28 @@ from .rotary import POSITIONS
 from .watching import unwatched
 
 
-Observer = Callable[[torch.Tensor | None], None]
-"""
-Called with the probabilities of the prefix's positions, (batch, query_heads, tokens, prefix_tokens), in the softmax that it
-shares with the real tokens, whenever a module computes attention; with `None` if no prefix shares it.
-"""
+class Observation(NamedTuple):
+    """
+    What a module with prefixes computed in a call of attention:
+
+        output = probabilities · P_V + (what the real tokens give) + Σ added
+
+    Attributes:
+        output (`torch.Tensor`): Shape (batch, query_heads, tokens, value_dim).
+        prefix (`Prefix`, *optional*): The prefix that shares a softmax with the real tokens.
+        probabilities (`torch.Tensor`, *optional*): Those of its positions in that softmax, (batch, query_heads, tokens,
+            prefix_tokens).
+        added (`tuple`): Every other prefix, with what it adds, (batch, query_heads, tokens, value_dim).
+    """
+
+    output: torch.Tensor
+    prefix: Prefix | None
+    probabilities: torch.Tensor | None
+    added: tuple[tuple[Prefix, torch.Tensor], ...]
+
+
+Observer = Callable[[Observation], None]
+"""Called whenever a module with an active prefix computes attention."""
 
 MAX_SCORES = 2**24
 """The most scores of real tokens that are held at a time: queries are taken in chunks."""
@@ -37,17 +55,25 @@ def observed_attention(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> AttentionOutput:
-    """[`prefix_attention`], which also tells an observer the prefix's probabilities."""
+    """[`prefix_attention`], telling an observer what the prefixes give."""
     with unwatched():
         output, weights = prefix_attention(module, query, key, value, attention_mask, **kwargs)
     positions = kwargs.pop(POSITIONS, None)
     holder = holder_of(module)
     prefix, added_prefixes = holder.forward(key, value)
+    probabilities = None
     if prefix is not None:
         prefix_query = holder.queries(query, prefix.reads, positions)
-        observe(probabilities_of_call(module, query, key, attention_mask, prefix, prefix_query, weights, kwargs))
-    elif added_prefixes:
-        observe(None)
+        probabilities = probabilities_of_call(
+            module, query, key, attention_mask, prefix, prefix_query, weights, kwargs
+        )
+    added = []
+    for each in added_prefixes:
+        attended = added_attention(holder.queries(query, each.reads, positions), each, kwargs.get("scaling"))
+        added.append((each, attended.transpose(1, 2)))
+    if prefix is not None or added:
+        by_heads = output.reshape(output.shape[0], query.shape[2], query.shape[1], -1).transpose(1, 2)
+        observe(Observation(by_heads, prefix, probabilities, tuple(added)))
     return output, weights
 
 

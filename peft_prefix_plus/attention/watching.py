@@ -1,5 +1,5 @@
 """
-Watchers of the attention modules: a probe, or a measurement of the attention on the prefix.
+Who watches the attention modules: a probe, or a measure of what prefixes give.
 
 Watchers see only the forwards of their own thread. The modules do not know about them, so other threads run them as
 usual.

@@ -1,4 +1,4 @@
-"""`prefix-plus inspect`: what the prefix in each layer of an adapter is like, and how much attention it draws."""
+"""`prefix-plus inspect`: what the prefix in each layer of an adapter is like, and how much it contributes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..adapters.lookup import layers_with_adapter
-from ..insight.attention_mass import prefix_attention_mass
-from ..insight.plots import plot_attention_mass, plot_prefix_norms, plot_training_curve, require_matplotlib
+from ..insight.contribution import prefix_contribution
+from ..insight.plots import plot_prefix_contribution, plot_prefix_norms, plot_training_curve, require_matplotlib
 from ..training.checkpoints import checkpoints
 from .errors import CommandError, check_numbers, shown_as_command_error
 from .loading import check_dtype, load_adapted_model, load_config, load_without_base_weights
@@ -34,7 +34,7 @@ class InspectionSettings:
     )
     data: Path | None = field(
         default=None,
-        metadata={"help": "JSON lines as for train; the attention that the prefix draws on them is measured."},
+        metadata={"help": "JSON lines as for train; what the prefix contributes on them is measured."},
     )
     plot: Path | None = field(default=None, metadata={"help": "A directory to draw figures into, as PNG files."})
     batch_size: int = field(default=8, metadata={"help": "Records at a time."})
@@ -81,9 +81,9 @@ def inspect(settings: InspectionSettings) -> None:
     if task_type not in (None, "CAUSAL_LM"):
         raise CommandError(
             f"{settings.adapter!r} is an adapter for {task_type}; prefix-plus looks into those of causal language models. Use "
-            "peft_prefix_plus.prefix_key_values and prefix_attention_mass on the loaded model."
+            "peft_prefix_plus.prefix_key_values and prefix_contribution on the loaded model."
         )
-    masses = None
+    contributions = None
     if records is None:
         model = load_without_base_weights(settings.adapter, settings.base, "--base")
     else:
@@ -91,10 +91,12 @@ def inspect(settings: InspectionSettings) -> None:
         encoded = encode_all(records, tokenizer, settings.max_length, model)
         collate = Collator(padding_id(tokenizer))
         starts = range(0, len(encoded), settings.batch_size)
-        masses = mean_masses(model, [collate(encoded[start : start + settings.batch_size]) for start in starts])
-    print_table(settings.adapter, rows_of(model), masses)
+        contributions = mean_contributions(
+            model, [collate(encoded[start : start + settings.batch_size]) for start in starts]
+        )
+    print_table(settings.adapter, rows_of(model), contributions)
     if settings.plot is not None:
-        draw(settings.plot, settings.adapter, model, masses)
+        draw(settings.plot, settings.adapter, model, contributions)
 
 
 @torch.no_grad()
@@ -124,34 +126,34 @@ def rows_of(model: Any, adapter_name: str = "default") -> list[Row]:
     return rows
 
 
-def mean_masses(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The attention that the prefix draws, (query_heads,) for each module: the mean over the real tokens of all batches."""
+def mean_contributions(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What the prefix contributes, (query_heads,) for each module: the mean over the real tokens of all batches."""
     totals: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:
         inputs: dict[str, Any] = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         tokens = int(batch["attention_mask"].sum())
         num_tokens += tokens
-        for name, mass in prefix_attention_mass(model, **inputs).items():
-            totals[name] = totals.get(name, torch.zeros_like(mass)) + mass * tokens
+        for name, mean in prefix_contribution(model, **inputs).items():
+            totals[name] = totals.get(name, torch.zeros_like(mean)) + mean * tokens
     return {name: total / num_tokens for name, total in totals.items()}
 
 
-def print_table(adapter: str, rows: Sequence[Row], masses: dict[str, torch.Tensor] | None) -> None:
-    """Print what was found; the attention is the mean over a module's query heads and the largest of them."""
+def print_table(adapter: str, rows: Sequence[Row], contributions: dict[str, torch.Tensor] | None) -> None:
+    """Print what was found; the contribution is the mean over a module's query heads and the largest of them."""
     has_gate = any(row.gate is not None for row in rows)
     table = Table("module", "heads × tokens × dim", title=adapter)
     numbers = ["key rms", "value rms", *(["gate"] if has_gate else []), "parameters"]
-    for title in [*numbers, *(["attention", "largest"] if masses is not None else [])]:
+    for title in [*numbers, *(["contribution", "largest"] if contributions is not None else [])]:
         table.add_column(title, justify="right")
     for row in rows:
         cells = [row.module, row.shape, f"{row.key_rms:.4g}", f"{row.value_rms:.4g}"]
         if row.gate is not None:
             cells.append(f"{row.gate:.4g}")
         cells.append(f"{row.parameters:,}")
-        if masses is not None:
-            mass = masses.get(row.module)
-            cells += ["", ""] if mass is None else [f"{mass.mean():.1%}", f"{mass.max():.1%}"]
+        if contributions is not None:
+            of_heads = contributions.get(row.module)
+            cells += ["", ""] if of_heads is None else [f"{of_heads.mean():.1%}", f"{of_heads.max():.1%}"]
         table.add_row(*cells)
     console = Console(soft_wrap=True)
     # as wide as it must be: in a narrow terminal, and in a pipe, the cells would be cut
@@ -160,11 +162,11 @@ def print_table(adapter: str, rows: Sequence[Row], masses: dict[str, torch.Tenso
     console.print(f"{sum(row.parameters for row in rows):,} parameters in all", highlight=False)
 
 
-def draw(directory: Path, adapter: str, model: Any, masses: dict[str, torch.Tensor] | None) -> None:
+def draw(directory: Path, adapter: str, model: Any, contributions: dict[str, torch.Tensor] | None) -> None:
     """Write the figures that there are data for, and say which."""
     figures = {"prefix_norms": plot_prefix_norms(model)}
-    if masses is not None:
-        figures["attention_mass"] = plot_attention_mass(masses)
+    if contributions is not None:
+        figures["prefix_contribution"] = plot_prefix_contribution(contributions)
     states = [path / "trainer_state.json" for path in (*checkpoints(Path(adapter), complete_only=True), Path(adapter))]
     states = [path for path in states if path.is_file()]
     if states:

@@ -38,12 +38,26 @@ def plot_attention_mass(masses: Mapping[str, torch.Tensor]) -> Figure:
     """
     if not masses:
         raise ValueError("`masses` is empty; pass what prefix_attention_mass returns.")
-    figure = _figure(1, len(masses))
-    axes = figure.subplots()
-    image = _heatmap(axes, masses, vmin=0.0, vmax=1.0)
-    axes.set_xlabel("query head")
-    figure.colorbar(image, ax=axes, label="attention on the prefix")
-    return figure
+    return _heads(masses, "attention on the prefix")
+
+
+def plot_prefix_contribution(contributions: Mapping[str, torch.Tensor]) -> Figure:
+    """
+    Draw what [`prefix_contribution`] measured: a row for each attention module, a column for each of its query heads.
+
+    Args:
+        contributions (`dict[str, torch.Tensor]`): The contribution in each query head, (query_heads,), by module.
+
+    Returns:
+        `matplotlib.figure.Figure`: A heatmap from 0 to 1; cells of heads that a module does not have are empty.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there are no contributions.
+    """
+    if not contributions:
+        raise ValueError("`contributions` is empty; pass what prefix_contribution returns.")
+    return _heads(contributions, "contribution of the prefix")
 
 
 def plot_prefix_norms(model: nn.Module, adapter_name: str = "default") -> Figure:
@@ -149,6 +163,16 @@ def _figure(num_columns: int, num_rows: int) -> Figure:
     """Make an empty figure; not through pyplot, which would keep it, and would want a display."""
     size = (2.5 + 4.0 * num_columns, max(2.5, 1.2 + HEIGHT_OF_ROW * num_rows))
     return require_matplotlib()(figsize=size, layout="constrained")
+
+
+def _heads(measured: Mapping[str, torch.Tensor], label: str) -> Figure:
+    """Draw numbers from 0 to 1 of the query heads of attention modules."""
+    figure = _figure(1, len(measured))
+    axes = figure.subplots()
+    image = _heatmap(axes, measured, vmin=0.0, vmax=1.0)
+    axes.set_xlabel("query head")
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
 
 
 def _heatmap(axes: Any, rows: Mapping[str, torch.Tensor], **limits: float) -> Any:

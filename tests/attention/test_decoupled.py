@@ -265,6 +265,19 @@ def test_in_bfloat16_scores_pass_the_silu_in_float32():
     assert (found - reference).abs().mean() < 0.02 * reference.abs().mean() + 0.02
 
 
+@pytest.mark.parametrize("fields", [{"decoupled": True}, {"gating": True}], ids=["decoupled", "gated"])
+@pytest.mark.parametrize("name", inline.MODELS)
+def test_modules_that_compute_attention_themselves_run_in_bfloat16(name, fields):
+    """Some of them take scores in float32, while their values stay in bfloat16."""
+    model = prefixed(inline.build(name).bfloat16(), **fields)
+    exact = prefixed(inline.build(name), **fields)
+    exact.load_state_dict({key: tensor.float() for key, tensor in model.state_dict().items()})
+    reference = output_of(exact, input_ids=inline.token_ids())
+    found = output_of(model, input_ids=inline.token_ids()).float()
+    # layers of bfloat16 (eight bits) over outputs of about 1
+    assert (found - reference).abs().mean() < 0.02 * reference.abs().mean() + 0.02
+
+
 def test_in_float16_scores_beyond_its_range_are_capped():
     key, value = torch.full((1, 3, 64), 200.0), torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1).expand(1, 3, 8)
     query = torch.stack([torch.full((64,), 200.0), torch.full((64,), -200.0)]).view(1, 1, 2, 64)

@@ -28,7 +28,7 @@ from transformers import (
     T5Config,
 )
 
-from peft_prefix_plus import PrefixPlusConfig, prefix_attention_mass, prefix_key_values
+from peft_prefix_plus import PrefixPlusConfig, prefix_contribution, prefix_key_values
 from peft_prefix_plus.cli import main
 from peft_prefix_plus.cli.options import value_parser
 from peft_prefix_plus.cli.records import Collator, Record, encode
@@ -301,27 +301,28 @@ def test_inspect_shows_each_layers_prefix_without_the_base_models_weights(
     assert f"{total:,} parameters in all" in printed
 
 
-def test_inspect_measures_attention_on_data_and_draws(
+def test_inspect_measures_contributions_on_data_and_draws(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, figures = tmp_path / "adapter", tmp_path / "figures" / "new"
-    run(*training(base, data, output, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1, "--no-decoupled"))
+    run(*training(base, data, output, "--max-steps", 2, "--save-steps", 1, "--logging-steps", 1))
     capsys.readouterr()
     run("inspect", output, "--data", data, "--batch-size", 3, "--plot", figures)
     printed = capsys.readouterr().out
-    names = ["prefix_norms.png", "attention_mass.png", "training_curve.png"]
+    names = ["prefix_norms.png", "prefix_contribution.png", "training_curve.png"]
     assert printed.splitlines()[-3:] == [str(figures / name) for name in names]
     assert all((figures / name).read_bytes().startswith(b"\x89PNG") for name in names)
     tokenizer = word_tokenizer()
     encoded = [encode(Record(**example), tokenizer) for example in EXAMPLES]
     batch = Collator(0)(encoded)  # all at once: the mean must not depend on the batches
     model = AutoPeftModelForCausalLM.from_pretrained(str(output)).eval()
-    masses = prefix_attention_mass(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    found = prefix_contribution(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     table = table_of(printed)
-    assert table.pop("module")[-2:] == ["attention", "largest"]
-    for name, mass in masses.items():
+    assert table.pop("module")[-2:] == ["contribution", "largest"]
+    for name, of_heads in found.items():
+        assert of_heads.min() > 0.0
         assert [float(cell.rstrip("%")) / 100 for cell in table[name][-2:]] == pytest.approx(
-            [mass.mean().item(), mass.max().item()], abs=6e-4
+            [of_heads.mean().item(), of_heads.max().item()], abs=6e-4
         )
 
 
@@ -631,7 +632,7 @@ def test_records_are_cut_to_a_models_positions(
 ) -> None:
     data = write_lines(tmp_path / "data.jsonl", [{"text": "the big red table is on the box a cup"}, {"text": "a cup"}])
     output = tmp_path / "adapter"
-    run(*training(few_positions, data, output, "--max-steps", 1, "--no-decoupled"))
+    run(*training(few_positions, data, output, "--max-steps", 1))
     assert "1 of 2 records have more than 8 tokens and are cut" in capsys.readouterr().err
     run("inspect", output, "--data", data)
     run("generate", "--adapter", output, "--prompt", "red table", "--max-new-tokens", 6)

@@ -15,9 +15,11 @@ from transformers.trainer_callback import TrainerState
 
 from peft_prefix_plus import (
     plot_attention_mass,
+    plot_prefix_contribution,
     plot_prefix_norms,
     plot_training_curve,
     prefix_attention_mass,
+    prefix_contribution,
     prefix_key_values,
 )
 
@@ -40,15 +42,23 @@ def row_names(axes: Any) -> list[str]:
     return [label.get_text() for label in axes.get_yticklabels()]
 
 
-def test_the_heatmap_shows_the_mass_of_every_head(tmp_path: Path) -> None:
-    masses = prefix_attention_mass(prefixed(tiny_model()), input_ids=token_ids())
-    figure = plot_attention_mass(masses)
+@pytest.mark.parametrize(
+    ("measure", "plot", "fields"),
+    [
+        (prefix_attention_mass, plot_attention_mass, {}),
+        (prefix_contribution, plot_prefix_contribution, {"decoupled": True}),
+    ],
+    ids=["mass", "contribution"],
+)
+def test_the_heatmap_shows_every_head(measure: Any, plot: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+    measured = measure(prefixed(tiny_model(), **fields), input_ids=token_ids())
+    figure = plot(measured)
     axes = figure.axes[0]
-    assert row_names(axes) == list(masses)
-    np.testing.assert_allclose(cells(axes), torch.stack(list(masses.values())).numpy(), rtol=1e-6)
+    assert row_names(axes) == list(measured)
+    np.testing.assert_allclose(cells(axes), torch.stack(list(measured.values())).numpy(), rtol=1e-6)
     assert axes.images[0].get_clim() == (0.0, 1.0)
-    figure.savefig(tmp_path / "mass.png")
-    assert (tmp_path / "mass.png").read_bytes().startswith(b"\x89PNG")
+    figure.savefig(tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_modules_with_fewer_heads_have_empty_cells() -> None:
@@ -83,6 +93,8 @@ def test_the_curves_of_a_training(form: str, tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`masses` is empty"):
         plot_attention_mass({})
+    with pytest.raises(ValueError, match="`contributions` is empty"):
+        plot_prefix_contribution({})
     with pytest.raises(ValueError, match="1 entries and none with 'step' and 'loss'"):
         plot_training_curve([{"step": 3, "train_loss": 1.0}])
     with pytest.raises(TypeError, match="or a list of dicts, got int"):
