@@ -35,7 +35,7 @@ from .encoders import ENCODERS, SHARED_PARTS
 from .layer import PrefixPlusLayer, attach, detach
 from .probing.modules import calls_attention_interface
 from .probing.targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
-from .registration import METHOD_NAME, PREFIX_PLUS
+from .registration import METHOD_NAME, PREFIX_PLUS, watch_for_parent
 from .starting.fitting import fit, repeated
 from .starting.quiet import start_quietly
 
@@ -86,8 +86,9 @@ class PrefixPlusModel(BaseTuner):
     _selection: Selection | None = None
     _resolved: PrefixPlusConfig | None = None
 
-    # The `PeftModel` around this tuner, if there is one.
+    # The `PeftModel` around this tuner, if there is one, and what ends the wait for it.
     _wrapper = ModelReference(None)
+    _end_watch: Any = staticmethod(lambda: None)
 
     # ------------------------------------------------------------------------------------------------ building
 
@@ -101,8 +102,14 @@ class PrefixPlusModel(BaseTuner):
             self.peft_config = self.peft_config
         # The model before an adapter that waits for its weights, to go back to if they do not fit.
         self.before_loading = {adapter_name: before} if config.awaits_weights else {}
+        self._end_watch = watch_for_parent(self, "_wrapped_by")
 
-    def wrapped_by(self, parent: nn.Module) -> None:
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        self._end_watch()  # a `PeftModel` calls this when it has made the tuner its child
+        vars(self).pop("_end_watch", None)  # it cannot be pickled
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _wrapped_by(self, parent: nn.Module) -> None:
         """Remember the module that this tuner becomes a child of."""
         if isinstance(parent, PeftModel):
             self._wrapper = ModelReference(parent)

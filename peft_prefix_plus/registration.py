@@ -6,6 +6,8 @@ are harmless.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftType
@@ -17,7 +19,6 @@ from peft.mapping import (
 from peft.utils import register_peft_method
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 
@@ -68,20 +69,27 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner], attention
     register_peft_method(name=METHOD_NAME, config_cls=config_cls, model_cls=model_cls)
     for name, function in attention_functions.items():
         AttentionInterface.register(name, function)
-    _tell_of_wrappers(model_cls)
 
 
-_hook: RemovableHandle | None = None
+def watch_for_parent(module: Any, tell: str) -> Callable[[], None]:
+    """
+    Call a method of a new module with the module that it is made a child of.
 
+    PEFT makes a tuner, then makes it the `base_model` of a `PeftModel`, and tells it nothing of that. Torch's hook on this is one for
+    the whole process, so the watch is to be ended as soon as possible; it ends with the module in any case.
 
-def _tell_of_wrappers(model_cls: Any) -> None:
-    """Tell a tuner the `PeftModel` whose `base_model` it becomes: PEFT makes the tuner first and does not tell it."""
-    global _hook
-    if _hook is not None:
-        _hook.remove()
+    Args:
+        module (`nn.Module`): The new module.
+        tell (`str`): The name of its method, called with the parent.
 
-    def tell(parent: nn.Module, name: str, child: Any) -> None:
-        if isinstance(child, model_cls):
-            child.wrapped_by(parent)
+    Returns:
+        `Callable`: Ends the watch.
+    """
+    reference = weakref.ref(module)
 
-    _hook = register_module_module_registration_hook(tell)
+    def hook(parent: nn.Module, name: str, child: Any) -> None:
+        if child is not None and child is reference():
+            getattr(child, tell)(parent)
+
+    handle = register_module_module_registration_hook(hook)
+    return weakref.finalize(module, handle.remove)

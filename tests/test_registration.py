@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import multiprocessing
@@ -13,7 +14,15 @@ import peft
 import pytest
 import torch
 from models import output_of, prefix_config, prefixed, tiny_model, token_ids
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AttentionInterface
 
@@ -94,8 +103,12 @@ def test_importing_again_and_reloading_are_harmless(run_in_new_process):
 
 def test_every_submodule_can_be_imported():
     for module in pkgutil.walk_packages(peft_prefix_plus.__path__, "peft_prefix_plus."):
-        if module.name.rpartition(".")[2] not in ("cli", "__main__"):  # these need extras
+        if module.name.rpartition(".")[2] in ("cli", "__main__"):  # these need extras
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            assert module.name.startswith("peft_prefix_plus.serving.") and error.name in ("vllm", "fastapi")
 
 
 def output_in_worker(model: PeftModel, config: PrefixPlusConfig) -> tuple[torch.Tensor, PrefixPlusConfig]:
@@ -226,3 +239,13 @@ def test_the_auto_class_finds_the_method_and_the_base_model(tmp_path):
     assert isinstance(loaded, PeftModelForCausalLM)
     assert isinstance(loaded.base_model, PrefixPlusModel)
     assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(model, input_ids=token_ids()))
+
+
+def test_torch_is_watched_only_until_a_tuner_has_its_place():
+    hooks = torch.nn.modules.module._global_module_registration_hooks
+    before = dict(hooks)
+    get_peft_model(tiny_model(), prefix_config())
+    assert hooks == before
+    inject_adapter_in_model(prefix_config(), tiny_model())  # by a tuner without a `PeftModel`
+    gc.collect()
+    assert hooks == before

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import DOCUMENT, chat_model, chat_tokenizer
+from chat_models import DOCUMENT, chat_model, chat_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer

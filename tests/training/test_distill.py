@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from documents import DOCUMENT, chat_model, chat_tokenizer
+from chat_models import DOCUMENT, chat_model, chat_tokenizer
 from models import unchanged
 from peft import get_peft_model
 from transformers import TrainingArguments

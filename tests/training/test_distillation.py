@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from documents import CHAT_TEMPLATE, DOCUMENT, MODELS, NO_SYSTEM_TEMPLATE, SPECIAL, chat_model, chat_tokenizer
+from chat_models import CHAT_TEMPLATE, DOCUMENT, MODELS, NO_SYSTEM_TEMPLATE, SPECIAL, chat_model, chat_tokenizer
 from peft import LoraConfig, get_peft_model
 from sharding import run
 from transformers import TrainingArguments
