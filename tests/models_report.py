@@ -42,14 +42,14 @@ every adapter parameter gets a gradient. A prefix that reads unrotated queries r
 |---|---|---|---|
 {summary}
 
-Modules with a prefix call transformers' attention interface, or compute attention themselves in a way that is followed
+Modules with a prefix call transformers' attention interface, or compute attention themselves in a way that the package can follow
 (see [the method](method.md)). Other mixers of hybrid models (state spaces, convolutions, linear attention) stay untouched.
 """
 
 FIXED = """
 ## At fixed positions
 
-Here `position_free=None` comes to `False` ([why](method.md#positions)): the rotation of queries cannot be undone, because
+Here `position_free=None` resolves to `False` ([why](method.md#positions)): the rotation of queries cannot be undone, because
 
 | Model | of this |
 |---|---|

@@ -1,4 +1,4 @@
-"""Several adapters made into one: their prefixes one after the other, or a weighted sum of them."""
+"""Combining several adapters into one: their prefixes concatenated, or a weighted sum of them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,19 @@ FORM = ("gating", "decoupled", "position_free")
 
 def compose(model: nn.Module, adapters: Sequence[str], new: str) -> None:
     """
-    Put the prefixes of several adapters one after the other into a new one, which is saved as one file.
-
-    With the new adapter active the model gives what it gives with all of them active at once. It is `reparameterization="none"` and
-    not active yet; the others stay.
+    Concatenate the prefixes of several adapters into a new adapter, which is saved as one file. With it active, the
+    model's output is that with all of them active at once. It has `reparameterization="none"` and is not active yet.
+    The others stay.
 
     Args:
         model (`nn.Module`): A `PeftModel` or a [`PrefixPlusModel`] with the adapters.
-        adapters (`Sequence[str]`): Their names, at least two, in the order in which the prefixes are to stand.
+        adapters (`Sequence[str]`): Their names, at least two, in the order of concatenation.
         new (`str`): The name of the new adapter.
 
     Raises:
         TypeError: If the model has no tuner of PREFIX_PLUS.
-        ValueError: If there is no adapter of a name, `new` is taken, or the adapters are not of one form. The model is then as
-            it was.
+        ValueError: If there is no adapter of a name, `new` is taken, or the adapters' forms differ. The model is then
+            as it was.
 
     Example:
 
@@ -75,7 +74,7 @@ def check_combination(
     configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], new: str, combination_type: str
 ) -> None:
     """
-    Raise if adapters cannot be made into one.
+    Raise if adapters cannot be combined.
 
     Args:
         configs (`Mapping[str, PeftConfig]`): The configurations of all adapters of the model.
@@ -126,10 +125,10 @@ def combined_prefixes(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float], combination_type: str
 ) -> tuple[dict[str, KeyValue], dict[str, torch.Tensor]]:
     """
-    Return keys and values of a combination, by attention module, and the gates, where the adapters have some.
+    Return the keys and values of a combination, by attention module, and the gates, if the adapters have any.
 
     Raises:
-        ValueError: If the adapters are in different modules, or for a sum of different length.
+        ValueError: If the adapters are in different modules or, for a sum, have different lengths.
     """
     layers = {adapter: dict(layers_with_adapter(model, adapter)) for adapter in adapters}
     names = list(layers[adapters[0]])

@@ -1,4 +1,4 @@
-"""Keeping what was produced from parameters until one of them changes."""
+"""Keeping values computed from parameters until one of the parameters changes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ def _may_be_sharded() -> bool:
 
 class Memo:
     """
-    The last value that each of several producers made from its parameters, for one call of `generate`.
+    The last value that each of several producers computed from its parameters, for one call of `generate`. A
+    parameter's version counter, storage and identity show whether it has changed. A write through `parameter.data`
+    changes none of them. Callers therefore drop the memo when `generate` returns, because such writes happen between
+    calls, not during one.
 
-    A change of a parameter is seen by its version counter, its storage and its identity. A write through `parameter.data`
-    changes none of them. Callers therefore drop the memo when `generate` returns: it is between such calls, and not inside of
-    one, that parameters are written so.
-
-    Nothing is kept in a process of `torch.distributed`: what shards a model puts other numbers into the same tensor, and
-    hides that from the counter.
+    Nothing is kept in a process of `torch.distributed`, because FSDP and the like put other values into the same
+    tensor and hide that from the counter.
 
     Attributes:
-        turned (`dict`): What turns the prefixes that are kept to a position, by their kind.
+        turned (`dict`): The [`TurnedPrefixes`] of the kept prefixes, by kind.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class Memo:
 
     def recall(self, producer: Hashable, context: Any) -> Any:
         """
-        Return the value kept of a producer if the context and the parameters are as they were then, and else `None`.
+        Return the kept value of a producer if the context and the parameters have not changed since, else `None`.
 
         Args:
             producer (`Hashable`): Who produced it.

@@ -1,8 +1,8 @@
 """
-What a `PeftModel` does with its adapters, done as a whole or not at all.
+The operations of a `PeftModel` on its adapters, all or nothing.
 
-Adding, loading, switching, deleting and saving begin and end in PEFT's own methods, out of reach of a tuner. So a `PeftModel`
-around a [`PrefixPlusModel`] gets a class of the same name with [`WholeOperations`] before its own.
+Adding, loading, switching, deleting and saving begin and end in PEFT's own methods, which a tuner cannot change. So a
+`PeftModel` around a [`PrefixPlusModel`] gets a class of the same name that puts [`WholeOperations`] before its own.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from .snapshot import Snapshot, all_or_nothing, what_switching_changes
 
 
 def act_as_a_whole(model: PeftModel) -> None:
-    """Let the operations of a `PeftModel` leave it as it was if they end by an error or an interrupt."""
+    """Make the operations of a `PeftModel` leave it as it was if they end with an error or an interrupt."""
     own_class: Any = type(model)
     if not issubclass(own_class, WholeOperations):
         model.__class__ = _whole_class(own_class)
 
 
 class WholeOperations:
-    """The methods of a `PeftModel` that change or save its adapters, as a whole. A `PeftModel` follows among the base classes."""
+    """
+    The methods of a `PeftModel` that change or save its adapters, all or nothing. A mixin before a `PeftModel` class.
+    """
 
     _peft_class: type[PeftModel]
     base_model: Any
@@ -150,7 +152,7 @@ class WholeOperations:
 
 @cache
 def _whole_class(peft_class: Any) -> Any:
-    """The class, of the same name, whose operations are those of a class of PEFT, as a whole."""
+    """The class, of the same name, that makes the operations of a class of PEFT all or nothing."""
     names = {name: getattr(peft_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(peft_class.__name__, (WholeOperations, peft_class), {**names, "_peft_class": peft_class})
 
@@ -162,7 +164,10 @@ def _new_whole(peft_class: Any) -> Any:
 
 
 def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[str, Any]) -> None:
-    """Raise if an adapter that the model has already means something else by its weights than the file: PEFT would keep its configuration."""
+    """
+    Raise if the settings of an adapter on the model differ from those of the file's weights: PEFT would keep the
+    adapter's configuration.
+    """
     own = model.base_model.resolved_config(name).to_dict()
     path = find_weights(source, **hub_kwargs)
     found = [] if path is None else [(path, read_weights(path).settings)]
@@ -182,7 +187,9 @@ def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[st
 
 
 def _complete_files(model: Any, name: str, folder: str) -> None:
-    """Say in the saved configuration what it resolved to, and in the weights' file what configuration they belong to."""
+    """
+    Write the resolved values into the saved configuration, and the configuration's settings into the weights' file.
+    """
     path = os.path.join(folder, CONFIG_NAME)
     with open(path, encoding="utf-8") as file:
         fields = json.load(file)

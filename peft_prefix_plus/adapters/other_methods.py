@@ -1,8 +1,8 @@
 """
 Adapters of other PEFT methods on the same model.
 
-PEFT keeps one dict of configurations on a model, and the modules that it saves copies of (`modules_to_save`), for the
-adapters of all methods. A method's own layers are no other's business; these two are.
+The adapters of all methods share two things on a model: PEFT's dict of configurations, and the modules that PEFT saves
+copies of (`modules_to_save`). A method's own layers concern no other method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def require_free_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def require_unwrapped(model: nn.Module, config: Any) -> None:
-    """Raise if a further adapter is to be loaded by a wrapper around the wrapper of the first: its modules have other names there."""
+    """
+    Raise if a further adapter is about to be loaded into a wrapper around the first one's wrapper: its modules have
+    other names there.
+    """
     has_prefix = isinstance(model, PeftModel) and model.peft_type == PREFIX_PLUS
     if has_prefix and config.awaits_weights:
         raise ValueError(
@@ -43,8 +46,8 @@ def require_unwrapped(model: nn.Module, config: Any) -> None:
 @contextmanager
 def keeping_others_modules(model: nn.Module, adapter_names: Collection[str]) -> Iterator[None]:
     """
-    Leave the modules that PEFT saves copies of as they are, where the copy in use is not one of these adapters': PEFT
-    switches off those of other methods' adapters.
+    Keep the copies in use in the modules that PEFT saves copies of, unless they belong to these adapters. PEFT alone
+    would switch off the copies of other methods' adapters.
     """
     others = [
         (module, list(module.active_adapters), [(each, each.requires_grad) for each in module.parameters()])
@@ -61,8 +64,8 @@ def keeping_others_modules(model: nn.Module, adapter_names: Collection[str]) -> 
 
 def leave_modules_to_others(model: nn.Module, adapter_names: Collection[str], configs: Mapping[str, Any]) -> None:
     """
-    Take the copies of these adapters out of the modules that PEFT saves copies of. Where one was in use, that of another
-    method's active adapter is put to use; where none is left, the module itself is put back.
+    Remove these adapters' copies from the modules that PEFT saves copies of. If one was in use, the copy of another
+    method's active adapter replaces it; if none is left, the original module is restored.
 
     Args:
         model (`nn.Module`): The base model.

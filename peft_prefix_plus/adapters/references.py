@@ -12,8 +12,8 @@ class ModelReference:
     """
     A weak reference to a model, for attributes of that model or of its modules.
 
-    With a strong one the memory of a deleted model would be free only when cycles are collected. Copied or pickled with the
-    model, it refers to the copy.
+    With a strong reference, a deleted model's memory would be freed only by cycle collection. A reference that is
+    copied or pickled with the model refers to the copy.
 
     Args:
         model (`nn.Module`, *optional*): The model.

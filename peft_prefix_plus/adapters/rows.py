@@ -14,7 +14,7 @@ _PASSING_ROWS = threading.Lock()
 
 
 def pass_rows(module: nn.Module) -> None:
-    """Let a module that PEFT saves a copy of per adapter know which row of a batch has which adapter."""
+    """Tell a module that PEFT saves a copy of per adapter which row of a batch uses which adapter."""
     with _PASSING_ROWS:
         if _name_rows not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_name_rows, with_kwargs=True)
@@ -23,7 +23,7 @@ def pass_rows(module: nn.Module) -> None:
 def _name_rows(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the forward of a module that PEFT saves a copy of per adapter: say which row has which."""
+    """Before the forward of a module that PEFT saves a copy of per adapter: pass which row uses which adapter."""
     adapter_names = (RUNNING.rows or {}).get(module)
     if adapter_names is None or kwargs is None:  # other threads may find the hook before it is known to take kwargs
         return None

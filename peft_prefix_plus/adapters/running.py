@@ -1,5 +1,5 @@
 """
-What the layers below a running call of a model must know of it.
+The state of a running call of a model that the model's layers need.
 
 It belongs to the call and not to the modules, which other threads run at the same time. Each thread has its own.
 """
@@ -39,7 +39,7 @@ RUNNING = Running()
 
 @contextmanager
 def naming_rows(rows: RowsByModule) -> Iterator[None]:
-    """Let each row of a batch have an adapter of its own in these modules, in this thread."""
+    """Let each row of a batch use its own adapter in these modules, in this thread."""
     outer = RUNNING.rows
     RUNNING.rows = {**(outer or {}), **rows}
     try:

@@ -19,7 +19,10 @@ What the model calls its child that holds the parts which layers share. An atten
 
 
 class PrefixPlusModule(BaseTunerLayer):
-    """What holds parameters of adapters: the attention modules' [`PrefixPlusLayer`] and the model's [`SharedParts`]."""
+    """
+    A module that holds parameters of adapters: an attention module's [`PrefixPlusLayer`], or the model's
+    [`SharedParts`].
+    """
 
     cast_input_dtype_enabled = (
         True  # PEFT's `disable_input_dtype_casting` reads and sets it; a prefix has no input to cast
@@ -30,8 +33,8 @@ class SharedParts(nn.Module, PrefixPlusModule):
     """
     The encoder parts that several layers use, by adapter; a child of the model itself.
 
-    They are the model's and not the first layer's, because a model is sharded by layers: FSDP brings the parameters of a
-    layer together for that layer's forward and backward alone, and those of the whole model's own for all of them.
+    They belong to the model and not to the first layer, because models are sharded by layers: FSDP gathers a layer's
+    parameters only for that layer's forward and backward, and the model's own parameters for all layers.
     """
 
     adapter_layer_names: tuple[str, ...] = ("prefix_plus_shared",)
@@ -66,7 +69,7 @@ def shared_parts(model: nn.Module, adapter_name: str) -> nn.ModuleDict:
 
 
 def remove_shared_parts(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Take the shared parts of an adapter, or of all, out of a model, and [`SharedParts`] when nothing is left in it."""
+    """Remove the shared parts of one adapter, or of all, from a model, and [`SharedParts`] if it is then empty."""
     for parent in list(model.modules()):
         shared: Any = getattr(parent, SHARED_NAME, None)
         if not isinstance(shared, SharedParts) or SHARED_NAME not in parent._modules:

@@ -1,4 +1,4 @@
-"""Operations on a model that are done as a whole or not at all, however they end."""
+"""All-or-nothing operations on a model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ class Snapshot:
     """
     The state of a model and its adapters' configurations, to go back to.
 
-    Kept are the attributes of every module and configuration, and what the dictionaries, lists and sets among them hold: that is
-    all that adding, loading, switching and deleting adapters changes. Parameters are kept as objects, with their gradients and
-    whether they are trainable. Their numbers are kept of one adapter only, for no operation changes others.
+    It keeps the attributes of every module and configuration, and the contents of dictionaries, lists and sets among
+    them; adding, loading, switching and deleting adapters changes nothing else. Parameters are kept as objects, with
+    their gradients and `requires_grad`. Their values are kept for one adapter only, because no operation changes
+    others.
 
     Args:
         model (`nn.Module`): The model: a `PeftModel`, a tuner or a base model.
-        configs (`Iterable[PeftConfig]`): Configurations beside those of the model's adapters.
-        adapter_name (`str`, *optional*): The adapter whose numbers may change.
+        configs (`Iterable[PeftConfig]`): Further configurations, beside those of the model's adapters.
+        adapter_name (`str`, *optional*): The adapter whose parameters' values may change.
         modules (`Iterable[nn.Module]`, *optional*): The modules that may change, apart from their parameters; `None` means all.
     """
 
@@ -56,7 +57,7 @@ class Snapshot:
             self._numbers = [(each, each.data, each.detach().clone()) for each in tensors]
 
     def restore(self) -> None:
-        """Put everything back. An interrupt meanwhile is raised when that is done."""
+        """Restore everything. An interrupt meanwhile is raised afterwards."""
         try:
             self._restore()
         except BaseException:
@@ -91,7 +92,10 @@ def _copy(container: Any) -> Any:
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a dictionary, list or set back what it held, in that order. Others may refer to it, so it stays the object that it is."""
+    """
+    Restore the contents of a dictionary, list or set, in their order. It stays the same object, because others may
+    refer to it.
+    """
     if isinstance(container, dict):
         if list(container) == list(contents) and all(container[key] is value for key, value in contents.items()):
             return
@@ -105,7 +109,7 @@ def _refill(container: Any, contents: Any) -> None:
 
 
 def what_switching_changes(model: nn.Module) -> list[nn.Module]:
-    """The modules that change where adapters are only activated or switched off and on."""
+    """The modules that change if adapters are only activated, or switched off and on."""
     kinds = (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
@@ -118,7 +122,7 @@ def all_or_nothing(
     modules: Iterable[nn.Module] | None = None,
 ) -> Iterator[Snapshot]:
     """
-    Leave a model as it was if the block ends by an error, an interrupt or a lack of memory.
+    Restore a model if the block ends with an error, an interrupt or a lack of memory.
 
     Args:
         model (`nn.Module`): The model, and what wraps it as far as that changes.

@@ -1,3 +1,4 @@
-"""Turning an adapter into another form with the same outputs: its reparameterization dropped (flatten), or PEFT's PREFIX_TUNING.
-What cannot be exact is refused. May import everything but `insight`, `serving` and `cli`; nothing but `insight`, `serving` and `cli`
-imports it."""
+"""
+Converting an adapter to another form with the same outputs: without its reparameterization (flatten), or as PEFT's
+PREFIX_TUNING or CARTRIDGE. Conversions that cannot be exact are refused. May import everything but `insight`,
+`serving` and `cli`; nothing but `insight`, `serving` and `cli` imports it."""

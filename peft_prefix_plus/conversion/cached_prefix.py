@@ -1,4 +1,6 @@
-"""Adapters of PEFT's methods whose prefix is a cache into PREFIX_PLUS adapters with the same output, and back."""
+"""
+Converting adapters of PEFT's methods whose prefix is a cache to PREFIX_PLUS adapters with the same output, and back.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def from_cached_prefix(
     allow_pickle: bool,
     **hub_arguments: Any,
 ) -> PeftModel:
-    """Turn an adapter of a method into a PREFIX_PLUS adapter with the same output: see [`from_prefix_tuning`]."""
+    """Convert an adapter of a method to a PREFIX_PLUS adapter with the same output: see [`from_prefix_tuning`]."""
     _check_arguments(adapter, model)
     base: Any = adapter.get_base_model() if isinstance(adapter, PeftModel) else model
     with _undone_on_error(base) as take_off_wrappers, _training_flags_kept(base):
@@ -120,7 +122,7 @@ def from_cached_prefix(
 def to_cached_prefix(
     method: CachedPrefix, model: PeftModel, adapter_name: str, save_directory: str | os.PathLike[str] | None
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Turn a PREFIX_PLUS adapter into one of a method with the same output: see [`to_prefix_tuning`]."""
+    """Convert a PREFIX_PLUS adapter to an adapter of a method with the same output: see [`to_prefix_tuning`]."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` must be a PeftModel with a PREFIX_PLUS adapter, got {type(model).__name__}.")
     layers = layers_with_adapter(model, adapter_name)
@@ -313,9 +315,9 @@ def _fill_saved_modules(model: PeftModel, adapter_name: str, saved_modules: Mapp
 @contextmanager
 def _undone_on_error(base: nn.Module) -> Iterator[Callable[[], None]]:
     """
-    Leave a base model as it was if an error occurs: its flags, and which of its modules PEFT has wrapped to save them.
+    Restore a base model if an error occurs: its flags, and which of its modules PEFT has wrapped to save them.
 
-    Yields a function that takes these wrappers off, so that another adapter can put on its own.
+    Yields a function that removes these wrappers, so that another adapter can add its own.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     wrappers = {name for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
@@ -340,7 +342,7 @@ def _undone_on_error(base: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _training_flags_kept(base: nn.Module) -> Iterator[None]:
-    """Leave every module of a base model in the mode it was in: PEFT puts a loaded one in evaluation mode."""
+    """Keep the mode of every module of a base model: PEFT puts a loaded one in evaluation mode."""
     training = [(module, module.training) for module in base.modules()]
     try:
         yield
@@ -351,7 +353,7 @@ def _training_flags_kept(base: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _only_active(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Let one adapter be the only active one for a while."""
+    """Make one adapter the only active one for a while."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = list(model.active_adapters)
     tuner: Any = model.base_model

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's CARTRIDGE into PREFIX_PLUS adapters with the same output, and back."""
+"""Converting adapters of PEFT's CARTRIDGE to PREFIX_PLUS adapters with the same output, and back."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def from_cartridge(
     **hub_arguments: Any,
 ) -> PeftModel:
     """
-    Turn an adapter of PEFT's CARTRIDGE into a PREFIX_PLUS adapter with the same output.
+    Convert an adapter of PEFT's CARTRIDGE to a PREFIX_PLUS adapter with the same output.
 
-    CARTRIDGE passes its keys and values to the model as PREFIX_TUNING does, and what is said of [`from_prefix_tuning`] holds here:
-    which conversions are exact, how that is measured, and what becomes of the model. Its frozen first tokens are learned as all
-    others when the new adapter is trained on.
+    CARTRIDGE passes its keys and values to the model as PREFIX_TUNING does. [`from_prefix_tuning`] therefore describes
+    this conversion too: when it is exact, how that is measured, and what happens to the model. If you train the new
+    adapter further, CARTRIDGE's frozen first tokens are trained like all others.
 
     Args:
         adapter (`str`, `os.PathLike` or `PeftModel`):
-            A directory or a repository on the Hub with the saved adapter, or a model that has it as its active adapter.
-            Such a `PeftModel` gives its base model to the result, and is not to be used afterwards.
+            A directory or a repository on the Hub with the saved adapter, or a model that has it as its active
+            adapter. The result takes over the base model of such a `PeftModel`, which you must not use afterwards.
         model (`nn.Module`, *optional*): The base model, where `adapter` is not a model itself. It is adapted in place.
         adapter_name (`str`, defaults to `"default"`): The name of the new adapter.
         allow_pickle (`bool`, defaults to `False`):
@@ -37,7 +37,7 @@ def from_cartridge(
         hub_arguments: `revision`, `subfolder`, `token`, `cache_dir` and so on, as for [`PeftModel.from_pretrained`].
 
     Returns:
-        `PeftModel`: The model with the new adapter, `reparameterization="none"`, which can be trained on.
+        `PeftModel`: The model with the new adapter, `reparameterization="none"`, which can be trained further.
 
     Raises:
         TypeError: If `model` is missing or has adapters, or is given along with a `PeftModel`.
@@ -45,7 +45,7 @@ def from_cartridge(
             as it was.
 
     Warns:
-        UserWarning: If the outputs are equal up to some length of text only.
+        UserWarning: If the outputs are equal only up to some length of text.
 
     Example:
 
@@ -73,16 +73,17 @@ def to_cartridge(
     num_frozen_tokens: int = 1,
 ) -> tuple[CartridgeConfig, dict[str, torch.Tensor]]:
     """
-    Turn a PREFIX_PLUS adapter into one of PEFT's CARTRIDGE with the same output, which PEFT loads without this package.
-
-    The inverse of [`from_cartridge`]. A reparameterization is computed; only the prefix remains.
+    Convert a PREFIX_PLUS adapter to an adapter of PEFT's CARTRIDGE with the same output, which PEFT loads without this
+    package. This is the inverse of [`from_cartridge`]. Of a reparameterization, only the prefix that it computes
+    remains.
 
     Args:
         model (`PeftModel`): A model with the adapter, which is left as it is.
         adapter_name (`str`, defaults to `"default"`): The adapter.
         save_directory (`str` or `os.PathLike`, *optional*): A directory to save `adapter_config.json` and
             `adapter_model.safetensors` in.
-        num_frozen_tokens (`int`, defaults to 1): How many of the first tokens CARTRIDGE is to leave as they are when it is trained on.
+        num_frozen_tokens (`int`, defaults to 1): How many of the first tokens CARTRIDGE leaves untrained in further
+            training.
 
     Returns:
         `tuple[CartridgeConfig, dict[str, torch.Tensor]]`: The configuration, and the tensors as PEFT saves them:

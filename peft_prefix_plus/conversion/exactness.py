@@ -1,4 +1,7 @@
-"""Where, and up to which length of text, a method of PEFT and PREFIX_PLUS give the same output: measured on the model itself."""
+"""
+Whether, and up to which length of text, a method of PEFT and PREFIX_PLUS give the same output, measured on the model
+itself.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,9 @@ class Attended:
 
 
 def random_text(base: Any, exact: tuple[int, str] | None) -> dict[str, torch.Tensor]:
-    """A row of random token ids, none of which means something special, the same every time; no longer than is exact."""
+    """
+    A row of random token ids without special tokens, the same every time, and no longer than the conversion is exact.
+    """
     num_tokens = NUM_TOKENS if exact is None else min(NUM_TOKENS, exact[0])
     special = {
         number
@@ -61,7 +66,7 @@ def random_text(base: Any, exact: tuple[int, str] | None) -> dict[str, torch.Ten
 
 
 def record_attention(base: nn.Module, run: Any) -> tuple[dict[str, Attended], torch.Tensor]:
-    """Return what every attention module attends to when `run` runs the base model, and what that puts out."""
+    """Return what every attention module attends to while `run` runs the base model, and the output of `run`."""
     attended = {}
 
     def record(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
@@ -75,7 +80,7 @@ def record_attention(base: nn.Module, run: Any) -> tuple[dict[str, Attended], to
 def run_with_cache(
     base: Any, source: PeftModel, inputs: Mapping[str, torch.Tensor], length: int, is_seen: bool
 ) -> Any:
-    """Run the base model as a method of PEFT does, on a cache that holds the prefix, which the text sees or not."""
+    """Run the base model as a method of PEFT does, on a cache that holds the prefix, visible to the text or not."""
     mask = inputs["attention_mask"]
     prefix_mask = mask.new_full((len(mask), length), int(is_seen))
     return base(
@@ -88,7 +93,7 @@ def run_with_cache(
 def prefixes_in(
     recorded: Mapping[str, Attended], num_tokens: int, length: int, method: str
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the prefixes in what was attended to, by the names of the modules that have one."""
+    """Return the prefixes in the recorded attention, by the names of the modules that have one."""
     prefixed = {
         name: (attended.key[:, :length], attended.value[:, :length])
         for name, attended in recorded.items()
@@ -110,12 +115,11 @@ def measured_rotations(
     method: str,
 ) -> tuple[dict[str, Rotation], float]:
     """
-    Measure by which rotation each module's keys and queries follow their positions.
-
-    The same text is run at its own positions and, after a prefix that it does not see, `length` positions further on.
+    Measure the rotation by which each module's keys and queries follow their positions. The model runs the same text
+    at its own positions and, after a prefix that the text does not see, `length` positions later.
 
     Returns:
-        `tuple[dict[str, Rotation], float]`: The rotations by module, and how far the move alone has changed the output.
+        `tuple[dict[str, Rotation], float]`: The rotations by module, and the change of the output by the move alone.
     """
     here, output = record_attention(base, lambda: base(**inputs))
     moved, moved_output = record_attention(base, lambda: run_with_cache(base, source, inputs, length, is_seen=False))
@@ -139,7 +143,7 @@ def measured_rotations(
 def check_equal(
     base: Any, found: torch.Tensor, expected: torch.Tensor, rounding: float, length: int, method: str
 ) -> None:
-    """Raise if outputs differ by more than rounding, which is what moving the text alone has changed them by."""
+    """Raise if outputs differ by more than rounding, measured as the change of the output by moving the text alone."""
     difference = (found - expected).abs().max().item()
     limit = max(OUTPUT_TOLERANCE * max(1.0, expected.abs().max().item()), ROUNDING * rounding)
     if not difference <= limit:
@@ -175,7 +179,9 @@ def exact_up_to(base: Any, length: int, method: str) -> tuple[int, str] | None:
 
 
 def _bounds(config: Any, method: str) -> Iterator[tuple[int, str]]:
-    """Yield the last position, counted from 1, up to which a model attends the same wherever a text begins, and why."""
+    """
+    Yield, with the reason, the last position (from 1) up to which attention does not depend on where a text begins.
+    """
     kinds = getattr(config, "layer_types", None) or ()
     for field, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
         bound = getattr(config, field, None)

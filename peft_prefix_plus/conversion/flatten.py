@@ -1,4 +1,4 @@
-"""What an adapter's prefix is, and turning one kind of adapter into another."""
+"""Reading an adapter's prefix, and dropping its reparameterization."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def prefix_key_values(model: nn.Module, adapter_name: str = "default") -> dict[s
 
 def flatten(model: nn.Module, adapter_name: str = "default") -> None:
     """
-    Turn an adapter, in place, into one with `reparameterization="none"` and the same output.
-
-    The projection is what training needs; the prefix that it produces is all that inference needs.
+    Convert an adapter, in place, to `reparameterization="none"` with the same output. Only training needs the
+    projection; inference needs only the prefix that it produces.
 
     Args:
         model (`nn.Module`): A model with the adapter.

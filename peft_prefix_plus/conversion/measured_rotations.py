@@ -1,4 +1,4 @@
-"""Rotary position embeddings, as rotations of keys that can be undone and told apart."""
+"""Rotary position embeddings, as rotations of keys that can be undone and identified."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Rotation:
 
 def candidate_rotations(model: nn.Module, key_dim: int) -> list[Rotation]:
     """
-    Return the rotations that a model's attention modules may apply: which one does is for [`closest_rotation`] to find.
+    Return the rotations that a model's attention modules may apply; [`closest_rotation`] finds the actual one.
 
     Args:
         model (`nn.Module`): The model, whose rotary embeddings hold their frequencies in buffers.
@@ -85,11 +85,11 @@ def closest_rotation(
     Args:
         candidates (`Iterable[Rotation]`): The rotations to choose from.
         here (`torch.Tensor`): Keys of a text, (kv_heads, tokens, key_dim).
-        moved (`torch.Tensor`): The keys of the same text further on, of the same shape.
-        positions (`int`): How much further.
+        moved (`torch.Tensor`): The keys of the same text at later positions, of the same shape.
+        positions (`int`): By how many positions they are later.
 
     Returns:
-        `tuple[Rotation, float]`: The best candidate, and the norm of what it leaves unexplained as a part of the keys'.
+        `tuple[Rotation, float]`: The best candidate, and the norm of its residual, relative to the keys' norm.
     """
     here, moved = here.cpu().double(), moved.cpu().double()
     errors = {rotation: (rotation.rotate(moved, -positions) - here).norm().item() for rotation in candidates}

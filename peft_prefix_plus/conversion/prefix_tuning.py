@@ -1,4 +1,4 @@
-"""Adapters of PEFT's PREFIX_TUNING into PREFIX_PLUS adapters with the same output, and back."""
+"""Converting adapters of PEFT's PREFIX_TUNING to PREFIX_PLUS adapters with the same output, and back."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def from_prefix_tuning(
     **hub_arguments: Any,
 ) -> PeftModel:
     """
-    Turn an adapter of PEFT's PREFIX_TUNING into a PREFIX_PLUS adapter with the same output.
+    Convert an adapter of PEFT's PREFIX_TUNING to a PREFIX_PLUS adapter with the same output.
 
-    PREFIX_TUNING moves the real tokens' positions by L_p, the length of the prefix. With rotary positions R, a query at
-    position t there meets a prefix's key k as (R(t + L_p) q)ᵀ k = (R(t) q)ᵀ R(−L_p) k: the keys that do the same with the
-    positions left alone are k rotated back by L_p positions. Values stay. Which rotation a model's attention modules apply is
-    measured on their own keys, and the logits of both methods are compared on a random text before anything is returned.
+    PREFIX_TUNING moves the real tokens' positions by L_p, the length of the prefix. With rotary positions R, a query
+    at position t there scores a prefix's key k as (R(t + L_p) q)ᵀ k = (R(t) q)ᵀ R(−L_p) k. With unmoved positions, the
+    keys with the same scores are k rotated back by L_p positions. Values stay. The rotation of a model's attention
+    modules is measured on their own keys, and the logits of both methods are compared on a random text before anything
+    is returned.
 
     Args:
         adapter (`str`, `os.PathLike` or `PeftModel`):
-            A directory or a repository on the Hub with the saved adapter, or a model that has it as its active adapter.
-            Such a `PeftModel` gives its base model to the result, and is not to be used afterwards.
+            A directory or a repository on the Hub with the saved adapter, or a model that has it as its active
+            adapter. The result takes over the base model of such a `PeftModel`, which you must not use afterwards.
         model (`nn.Module`, *optional*): The base model, where `adapter` is not a model itself. It is adapted in place.
         adapter_name (`str`, defaults to `"default"`): The name of the new adapter.
         allow_pickle (`bool`, defaults to `False`):
@@ -41,17 +42,18 @@ def from_prefix_tuning(
         hub_arguments: `revision`, `subfolder`, `token`, `cache_dir` and so on, as for [`PeftModel.from_pretrained`].
 
     Returns:
-        `PeftModel`: The model with the new adapter, `reparameterization="none"`, which can be trained on.
+        `PeftModel`: The model with the new adapter, `reparameterization="none"`, which can be trained further.
 
     Raises:
         TypeError: If `model` is missing or has adapters, or is given along with a `PeftModel`.
-        ValueError: If there is no PREFIX_TUNING adapter, or no prefix here gives the same output on this model: where
-            positions are learned or biases (GPT-2, OPT, Bloom, T5), moving them changes more than keys. The model is
-            then left as it was.
+        ValueError: If there is no PREFIX_TUNING adapter, or no prefix here gives the same output on this model: with
+            learned positions or position biases (GPT-2, OPT, Bloom, T5), moving positions changes more than keys. The
+            model is then left as it was.
 
     Warns:
-        UserWarning: If the outputs are equal up to some length of text only: beyond a sliding window PREFIX_TUNING's prefix
-            is lost and this one is not, and rotary frequencies that depend on the length change L_p tokens earlier there.
+        UserWarning: If the outputs are equal only up to some length of text: beyond a sliding window PREFIX_TUNING's
+            prefix is lost and this one is not, and rotary frequencies that depend on the length change L_p tokens
+            earlier there.
 
     Example:
 
@@ -75,10 +77,9 @@ def to_prefix_tuning(
     model: PeftModel, adapter_name: str = "default", save_directory: str | os.PathLike[str] | None = None
 ) -> tuple[PrefixTuningConfig, dict[str, torch.Tensor]]:
     """
-    Turn a PREFIX_PLUS adapter into one of PEFT's PREFIX_TUNING with the same output, which PEFT loads without this package.
-
-    The inverse of [`from_prefix_tuning`]: the keys are rotated by L_p positions. A reparameterization is computed; only the
-    prefix remains.
+    Convert a PREFIX_PLUS adapter to an adapter of PEFT's PREFIX_TUNING with the same output, which PEFT loads without
+    this package. This is the inverse of [`from_prefix_tuning`]: the keys are rotated by L_p positions. Of a
+    reparameterization, only the prefix that it computes remains.
 
     Args:
         model (`PeftModel`): A model with the adapter, which is left as it is.

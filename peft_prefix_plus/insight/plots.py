@@ -24,7 +24,8 @@ HEIGHT_OF_ROW = 0.28
 
 def plot_attention_mass(masses: Mapping[str, torch.Tensor]) -> Figure:
     """
-    Draw what [`prefix_attention_mass`] measured: a row for each attention module, a column for each of its query heads.
+    Plot the result of [`prefix_attention_mass`]: a row for each attention module, a column for each of its query
+    heads.
 
     Args:
         masses (`dict[str, torch.Tensor]`): The mass of each query head, (query_heads,), by module.
@@ -62,7 +63,7 @@ def plot_prefix_contribution(contributions: Mapping[str, torch.Tensor]) -> Figur
 
 def plot_prefix_norms(model: nn.Module, adapter_name: str = "default") -> Figure:
     """
-    Draw how large a prefix is: a row for each attention module, a column for each virtual token.
+    Plot the norms of a prefix: a row for each attention module, a column for each virtual token.
 
     A cell is the norm over heads and dimensions. Keys and values have a heatmap each.
 
@@ -91,7 +92,7 @@ def plot_prefix_norms(model: nn.Module, adapter_name: str = "default") -> Figure
 
 def plot_training_curve(state: Any) -> Figure:
     """
-    Draw the losses of a training by step: that in training and, where it was measured, that on the evaluation data.
+    Plot the training loss by step and, if there is one, the evaluation loss.
 
     Args:
         state: A `TrainerState`, the path of a `trainer_state.json`, or the list of dicts that both hold as `log_history`.
@@ -160,7 +161,7 @@ def require_matplotlib() -> type[Figure]:
 
 
 def _figure(num_columns: int, num_rows: int) -> Figure:
-    """Make an empty figure; not through pyplot, which would keep it, and would want a display."""
+    """Make an empty figure, without pyplot, which would keep it and need a display."""
     size = (2.5 + 4.0 * num_columns, max(2.5, 1.2 + HEIGHT_OF_ROW * num_rows))
     return require_matplotlib()(figsize=size, layout="constrained")
 

@@ -1,4 +1,4 @@
-"""Fewer layers: which of an adapter's to keep, and taking the prefix out of the others."""
+"""Fewer layers: choosing which of an adapter's to keep, and removing the prefix from the others."""
 
 from __future__ import annotations
 
@@ -62,19 +62,18 @@ def suggest_layers(
     greedy: bool = False,
 ) -> LayerSuggestion:
     """
-    Find out which layers' prefixes matter most for the loss, and which to keep for a number of parameters.
-
-    The loss is measured once with all of the prefix and once without that of each layer. The layers whose removal raises
-    it most are kept, as many as fit into the budget; what layers share counts once. Give the result to [`prune_layers`].
+    Find out which layers' prefixes matter most for the loss, and which to keep within a budget of parameters. The loss
+    is measured once with the whole prefix, and once without each layer's. The layers whose removal raises it most are
+    kept, as many as fit the budget; parameters that layers share count once. Pass the result to [`prune_layers`].
 
     Args:
         model (`nn.Module`): A model with the adapter, active. It is left as it was.
         data (`Iterable[Mapping]`): Batches of the model's inputs with `labels`. They are kept and used many times.
         budget (`int` or `float`): The most parameters to keep, or a fraction of the adapter's in (0, 1].
         adapter_name (`str`, defaults to `"default"`): The adapter.
-        greedy (`bool`, defaults to `False`): Remove one layer after the other, each time the one that the loss misses
-            least, until the rest fits. This sees that one layer does the work of another, and measures the loss about
-            N²/2 times for N layers instead of N times.
+        greedy (`bool`, defaults to `False`): Remove one layer at a time, always the one whose removal raises the loss
+            least, until the rest fits. This accounts for layers that can replace each other, and measures the loss
+            about N²/2 times for N layers instead of N times.
 
     Returns:
         [`LayerSuggestion`]: The layers to keep, by the numbers that `layers_to_transform` counts with, and what was measured.
@@ -148,12 +147,11 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
     """
     Keep an adapter's prefix in these layers only, in place.
 
-    The output is then what it was with the other layers' prefixes hidden, and a layer left without any adapter is the base
-    model's again. `layers_to_transform` of the adapter's config says which layers are left, so the adapter is saved and
-    loaded as any other. What the layers share passes to the first one left.
-
-    The parameters that are left are the objects that they were, and an optimizer keeps its state for them. Those that are
-    gone have no gradient any more, so it leaves them alone; to free their memory, make a new optimizer.
+    The output is then that with the other layers' prefixes hidden, and a layer without any adapter is the base model's
+    again. `layers_to_transform` of the adapter's config lists the remaining layers, so the adapter is saved and loaded
+    like any other. Parts that layers share pass to the first remaining layer. The remaining parameters are the same
+    objects, and an optimizer keeps its state for them. It skips the removed ones, which have no gradient; to free
+    their memory, make a new optimizer.
 
     Args:
         model (`nn.Module`): A model with the adapter.
@@ -162,8 +160,9 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
 
     Raises:
         TypeError: If a layer is no int.
-        ValueError: If the adapter is missing, has no prefix in one of the layers, chooses its modules by a regular expression,
-            or has modules that the numbers of the layers cannot tell from others. The model is then left as it was.
+        ValueError: If the adapter is missing, has no prefix in one of the layers, chooses its modules by a regular
+            expression, or has modules that layer numbers cannot distinguish from others. The model is then left as it
+            was.
     """
     found = dict(layers_with_adapter(model, adapter_name))
     configs: Any = model.peft_config
@@ -251,7 +250,7 @@ def _number_of_parameters(budget: float, total: int) -> int:
 
 
 def _number_of_labels(model: nn.Module, batch: Batch) -> int:
-    """How many labels the mean that is a batch's loss is taken over."""
+    """The number of labels that a batch's mean loss covers."""
     has_labels = isinstance(batch, Mapping) and isinstance(batch.get("labels"), torch.Tensor)
     if not has_labels:
         found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
@@ -285,7 +284,7 @@ LossOf = Callable[[Collection[int]], float]
 
 
 def _kept_by_rank(losses: Mapping[int, float], fits: Fits, loss_of: LossOf) -> list[int]:
-    """The layers that the loss misses most, each that still fits."""
+    """The layers whose removal raises the loss most, as far as each still fits."""
     kept: list[int] = []
     for number in sorted(losses, key=lambda number: -losses[number]):
         if fits([*kept, number]):
@@ -294,7 +293,9 @@ def _kept_by_rank(losses: Mapping[int, float], fits: Fits, loss_of: LossOf) -> l
 
 
 def _kept_greedily(losses: Mapping[int, float], fits: Fits, loss_of: LossOf) -> list[int]:
-    """What is left when the layer that the loss misses least goes, again and again, until the rest fits."""
+    """
+    The layers that remain after repeatedly removing the one whose removal raises the loss least, until the rest fits.
+    """
     kept = list(losses)
     while not fits(kept):
         if len(kept) < len(losses):

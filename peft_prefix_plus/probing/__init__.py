@@ -1,3 +1,4 @@
-"""What a model's attention modules are: finding them, running the model once to see the shapes, queries, keys and rotations that
-they really have, and choosing those that an adapter prefixes. May import `attention`, `config`, `registration` and, for the shapes,
-`encoders`; nothing in here knows of adapters."""
+"""
+A model's attention modules: finding them, running the model once to observe their actual shapes, queries, keys and
+rotations, and choosing the ones that an adapter prefixes. May import `attention`, `config`, `registration` and, for
+the shapes, `encoders`; nothing in here knows of adapters."""

@@ -1,4 +1,4 @@
-"""The inputs that a user gives for the one run that adding an adapter takes."""
+"""A user's own inputs for the model run that adding an adapter needs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _given: ContextVar[Mapping[str, Any] | None] = ContextVar("example_inputs", defa
 @contextmanager
 def example_inputs(**inputs: Any) -> Iterator[None]:
     """
-    Use these inputs wherever an adapter is added or loaded, instead of inputs made from the model's config.
-
-    Adding an adapter runs the model once, to see the shapes of its keys and values. Most models need no help with that. One
-    whose `forward` takes arguments of its own does. Without `target_modules`, the attention modules that these inputs reach
-    get a prefix.
+    Use these inputs whenever an adapter is added or loaded, instead of inputs made from the model's config. Adding an
+    adapter runs the model once, to find the shapes of its keys and values. Most models need no help with that; a model
+    whose `forward` takes unusual arguments does. Without `target_modules`, the attention modules that these inputs
+    reach get a prefix.
 
     Args:
-        inputs: The arguments of the model's `forward`, of a batch of one. Where an encoder and a decoder have inputs, these
-            should differ in length: that tells cross-attention from self-attention.
+        inputs: The arguments of the model's `forward`, for a batch of one. If an encoder and a decoder both have
+            inputs, give them different lengths, to distinguish cross-attention from self-attention.
 
     Example:
 
@@ -53,7 +52,7 @@ def example_inputs(**inputs: Any) -> Iterator[None]:
 
 def given_inputs(model: nn.Module, device: torch.device | None) -> dict[str, Any] | None:
     """
-    Return the inputs that the user gave by [`example_inputs`], on a device and in a model's dtype, or `None`.
+    Return the inputs given with [`example_inputs`], on a device and in a model's dtype, or `None`.
 
     Args:
         model (`nn.Module`): The model.

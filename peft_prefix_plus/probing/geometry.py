@@ -23,12 +23,12 @@ class AttentionGeometry:
         num_query_heads (`int`): Heads of its queries.
         scale (`float`): s, the factor on the products of queries and keys.
         query (`torch.Tensor`): The queries of some tokens of the vocabulary, (query_heads, tokens, key_dim).
-        key (`torch.Tensor`): The keys of such tokens, (kv_heads, tokens, key_dim).
+        key (`torch.Tensor`): The keys of some tokens of the vocabulary, (kv_heads, tokens, key_dim).
         value (`torch.Tensor`): Their values, (kv_heads, tokens, value_dim).
         rotation (`QueryRotation`, *optional*): How it rotates its queries by their positions (RoPE), if it does.
         obstacle (`str`, *optional*): Why the rotation of its queries cannot be undone, if it cannot.
         unrotated_query (`torch.Tensor`): `query` before its rotation.
-        unrotated_key (`torch.Tensor`): `key` before its rotation, if it is of the tokens that the queries are of.
+        unrotated_key (`torch.Tensor`): `key` before its rotation, if keys and queries are of the same tokens.
     """
 
     kind: str
@@ -46,9 +46,10 @@ class AttentionGeometry:
 
 def spread(states: torch.Tensor) -> float:
     """
-    The standard deviation that the numbers of a token have, as its median over tokens.
+    The standard deviation of a token's numbers: the median over the tokens.
 
-    Not over all numbers: the first tokens of a text have values and keys of another order in many language models.
+    Not over all numbers at once, because in many language models the keys and values of a text's first tokens have a
+    different magnitude.
 
     Args:
         states (`torch.Tensor`): Keys or values, (kv_heads, tokens, dim).

@@ -1,4 +1,4 @@
-"""What a probe runs a model on: tokens, and noise in the shapes that the model's config names."""
+"""The inputs of a probe: tokens, and noise in the shapes that the model's config names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def probe_inputs(
     model: PreTrainedModel, num_tokens: int, device: torch.device | None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Yield inputs for a model's forward, by name, in one way after another: the first that it takes will do.
+    Yield candidate inputs for a model's forward, by name. The first that the model accepts is enough.
 
     1. Its main input: tokens from all over the vocabulary, or noise in the shapes that its config names.
-    2. Its `dummy_inputs`, if its class has some of its own.
-    3. All inputs that its forward requires, or takes beside a text, and that are known here.
+    2. Its `dummy_inputs`, if its class defines them.
+    3. All inputs that its forward requires, or accepts beside a text, and that are known here.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -66,7 +66,9 @@ def probe_inputs(
 
 
 def text_config(config: PreTrainedConfig, of_decoder: bool) -> PreTrainedConfig:
-    """The part of a model's config that is about text; where its encoder and its decoder have one each, the one asked for."""
+    """
+    The part of a model's config that is about text. If the encoder and the decoder each have one, the requested one.
+    """
     has_both = getattr(config, "text_encoder", None) is not None and getattr(config, "decoder", None) is not None
     return config.get_text_config(decoder=of_decoder, encoder=not of_decoder) if has_both else config.get_text_config()
 
@@ -95,7 +97,7 @@ class _Maker:
         return (torch.arange(1, count + 1, device=self.device) * size // (count + 1))[None]
 
     def ways(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield what an input may be, alone or with what belongs to it."""
+        """Yield candidates for an input, with the further inputs that it needs."""
         if name in TEXT_INPUTS:
             tokens = self.tokens(name)
             yield {name: tokens}
@@ -121,8 +123,9 @@ def positions_before(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor])
     """
     Return the arguments that put tokens at the positions from which a prefix acts: those before the first real one.
 
-    Keys that rotate by their position can have any: …, -2, -1. Positions that are learned, or looked up in a table, begin at 0,
-    and there is nothing to give; as where queries are scaled by the logarithm of their position (Llama 4, Ministral 3).
+    Keys that rotate by their position can have any position: …, -2, -1. Positions that are learned, or looked up in a
+    table, begin at 0, and no arguments are needed. The same holds if queries are scaled by the logarithm of their
+    position (Llama 4, Ministral 3).
 
     Args:
         model (`PreTrainedModel`): The model.

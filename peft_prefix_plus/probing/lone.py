@@ -1,4 +1,4 @@
-"""What an attention module is run on alone, where no forward of its model reaches it."""
+"""Inputs for an attention module alone, if no forward of its model reaches it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def lone_inputs(
     module: nn.Module, num_tokens: int, dtype: torch.dtype, device: torch.device | None
 ) -> Iterator[dict[str, Any]]:
     """
-    Yield inputs for an attention module alone, in one way after another: noise as wide as what its projections read.
+    Yield candidate inputs for an attention module alone: noise as wide as the inputs of its projections.
 
     Args:
         module (`nn.Module`): The module.
@@ -26,7 +26,7 @@ def lone_inputs(
         device (`torch.device`, *optional*): Where to put them.
 
     Raises:
-        ValueError: If it has no linear projections, or wants an argument that is not known here.
+        ValueError: If it has no linear projections, or needs an argument that is unknown here.
     """
     widths = {name: _width_read(child) for name, child in module.named_children()}
     known = {name: width for name, width in widths.items() if width is not None}
@@ -79,7 +79,7 @@ OTHER_STATES = ("key_value_states", "encoder_hidden_states", "context", "key_sta
 
 
 def _width_read(child: nn.Module) -> int | None:
-    """How wide the states are that a linear projection reads, or `None` for other modules."""
+    """The input width of a linear projection, or `None` for other modules."""
     for name in ("in_features", "nx", "in_channels"):
         width = getattr(child, name, None)
         if isinstance(width, int):

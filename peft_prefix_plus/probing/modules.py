@@ -26,7 +26,8 @@ def is_attention_module(module: nn.Module) -> bool:
     """
     Whether a module may be one of attention: through the interface, or by itself.
 
-    What computes a softmax by itself may also be something else (the router of a mixture of experts): [`probe`] tells.
+    A module that computes a softmax itself may also be something else (the router of a mixture of experts); [`probe`]
+    finds out.
     """
     if isinstance(module, PreTrainedModel):
         return False
@@ -65,7 +66,10 @@ def models_in(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Return where a module computes: where accelerate brings it, if it is offloaded, or else where its weights lie."""
+    """
+    Return the device that a module computes on: if it is offloaded, the one that accelerate moves it to, else that of
+    its weights.
+    """
     for submodule in module.modules():
         hook = getattr(submodule, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):

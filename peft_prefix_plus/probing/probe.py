@@ -33,21 +33,19 @@ def probe(
     are_before: bool = False,
 ) -> dict[str, AttentionGeometry]:
     """
-    Determine the geometry of a model's attention modules, by one tiny forward: those that its main input reaches, or the
-    inputs that the user gives by [`example_inputs`].
-
-    Of several models in a wrapper, each is run. A model that cannot be run is probed by its parts: the models in it on their
-    own main inputs, and then its attention modules alone, on noise.
-
-    Shapes are read where the keys and values enter attention, not from the config: that is right for grouped heads,
-    latent attention, layers of different shape and hybrid models. On a model on the meta device it computes nothing.
+    Determine the geometry of a model's attention modules, by one tiny forward. It covers the modules that the main
+    input reaches, or that the inputs of [`example_inputs`] reach. If a wrapper has several models, each is run. If a
+    model cannot run, its parts are: the models in it on their own main inputs, and then its attention modules alone,
+    on noise. Shapes are read where the keys and values enter attention, not from the config, which works for grouped
+    heads, latent attention, layers of different shape and hybrid models. On a model on the meta device it computes
+    nothing.
 
     Args:
         model (`nn.Module`): The model.
         wanted (`Collection[str]`): Names of further attention modules, reached through the main input of the submodel
             that they belong to (a vision tower).
-        rejected (`dict[str, str]`, *optional*): Filled with the modules that were reached and take a softmax in which a
-            prefix cannot take part, and why not.
+        rejected (`dict[str, str]`, *optional*): Filled with the modules that were reached and compute a softmax that a
+            prefix cannot take part in, and why not.
         num_tokens (`int`): How many tokens the forward has at least.
         are_before (`bool`): Whether the tokens stand before a text (see [`positions_before`]).
 
@@ -55,7 +53,7 @@ def probe(
         `dict[str, AttentionGeometry]`: By module name, in the model's order.
 
     Raises:
-        ValueError: If nothing is reached, or a wanted module is not, or one of a model that cannot be run.
+        ValueError: If no module is reached, or a wanted module is not, or if it belongs to a model that cannot run.
     """
     search = _Search(model, {} if rejected is None else rejected, num_tokens, are_before)
     given = given_inputs(model, execution_device(model))
@@ -108,7 +106,7 @@ class _Search:
         self._kind_of: Callable[[str, int, int], str]
 
     def record(self, name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any) -> None:
-        """Note what one computation of attention tells."""
+        """Record one computation of attention."""
         shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
         rotation, embeddings = self._rotations.of_query(name, query)
         if name in self.found:
@@ -163,7 +161,10 @@ class _Search:
             ) from error
 
     def reach(self, prefix: str, model: PreTrainedModel) -> None:
-        """Run a model, whose modules' names have a prefix, in one way after another until it works; if none does, its parts."""
+        """
+        Run a model, whose modules' names have a prefix, on one candidate input after another until it works, or else
+        run its parts.
+        """
         if prefix in self._tried:
             return
         self._tried.add(prefix)
@@ -191,7 +192,7 @@ class _Search:
                 self.reach(inner_prefix, inner)
 
     def reach_alone(self, names: Iterable[str]) -> None:
-        """Run those of the modules alone that no forward of a model has reached."""
+        """Run, alone, the modules that no forward of a model has reached."""
         for name in names:
             if name in self.found or name in self.rejected:
                 continue
@@ -212,7 +213,10 @@ class _Search:
                     self.failures[name] = f"alone, it cannot be run ({type(error).__name__}: {error})"
 
     def missing(self) -> list[str]:
-        """The attention modules of which nothing is known yet, but for those that a model which could be run does not reach."""
+        """
+        The attention modules of which nothing is known yet, except those that a successful run of their model does not
+        reach.
+        """
         return [
             name
             for name, module in self.modules.items()

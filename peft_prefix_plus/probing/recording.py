@@ -55,9 +55,8 @@ def recording(
 ) -> Iterator[None]:
     """
     Call `record(name, query, key, value, scale)` whenever one of the modules computes attention in this thread, and
-    `reject(name, reason)` when one that does not call the attention interface has computed something else.
-
-    Prefixes that the modules carry have no effect meanwhile, and everything is as before afterwards.
+    `reject(name, reason)` when a module that does not call the attention interface has computed something else.
+    Meanwhile the modules' prefixes have no effect. Afterwards everything is as before.
     """
     interface: dict[nn.Module, Callable[..., Any]] = {}
     inline: dict[nn.Module, Callable[..., Any]] = {}
@@ -75,7 +74,7 @@ def recording(
 
 @contextmanager
 def _reaching(module: Any) -> Iterator[None]:
-    """Let a module without a prefix come to its watchers, and leave it as it was afterwards."""
+    """Let a module without a prefix call its watchers, and restore it afterwards."""
     is_interface = calls_attention_interface(module)
     config = module.config if is_interface else None
     try:
@@ -139,8 +138,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
     """
-    Bring a module's own parameters together around its forward where DeepSpeed's ZeRO-3 has partitioned them when the model
-    was loaded: its engine, which does that in training, is made from the model only later.
+    Gather a module's own parameters around its forward if DeepSpeed's ZeRO-3 partitioned them when the model was
+    loaded. In training DeepSpeed's engine does that, but the engine is made from the model only later.
     """
     contexts: dict[nn.Module, list[Any]] = {}
 

@@ -1,4 +1,4 @@
-"""What is seen of the attention modules' rotations in a probe."""
+"""Observing the attention modules' rotations in a probe."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from .modules import calls_attention_interface
 
 class ObservedRotations:
     """
-    What is seen of the attention modules' rotations in a probe.
-
-    Whether a module has rotated its queries (some have layers that do not) is told by whether they depend on the position
-    embeddings that it was given: that is known without the weights.
+    The observed rotations of the attention modules in a probe. A module has rotated its queries (in some models some
+    layers do not) if they depend on the position embeddings that it was given. This is known without the weights.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:

@@ -69,7 +69,7 @@ def _sounds(model: PreTrainedModel, num_tokens: int) -> Iterator[Shape]:
 
 
 def _spectrograms(model: PreTrainedModel, num_tokens: int) -> Iterator[Shape]:
-    """Whisper has the bins first and one length; most others have them last and any length."""
+    """Whisper has the bins first and a fixed length; most others have them last and accept any length."""
     names = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim", "feature_size")
     bins, positions = setting(model.config, *names) or 80, setting(model.config, "max_source_positions")
     if positions is not None:

@@ -91,10 +91,10 @@ def select_modules(model: nn.Module, config: PrefixPlusConfig) -> Selection:
 
 def resolve_position_free(model: nn.Module, config: PrefixPlusConfig, selection: Selection) -> bool:
     """
-    Return what a configuration's `position_free` comes to on a model.
+    Return the value that a configuration's `position_free` resolves to on a model.
 
     Raises:
-        ValueError: If it is `True` and there is a chosen module whose rotation of queries cannot be undone.
+        ValueError: If it is `True` and the rotation of queries of a chosen module cannot be undone.
     """
     obstacles = {name: geometry.obstacle for name, geometry in selection.modules.items() if geometry.obstacle}
     if config.position_free is None:
@@ -128,7 +128,7 @@ def select_saved_modules(
     model: nn.Module, config: PrefixPlusConfig, state_dict: Mapping[str, torch.Tensor]
 ) -> Selection:
     """
-    Choose the attention modules whose prefixes a checkpoint has, and determine their geometry.
+    Choose the attention modules that have a prefix in a checkpoint, and determine their geometry.
 
     Args:
         model (`nn.Module`): The model, which is left as it is.
@@ -196,7 +196,8 @@ def _matches(targets: str | Collection[str], name: str) -> bool:
 
 def _match(pattern: str, name: str, match: Callable[..., Any]) -> Any:
     """
-    Match a module's name with a regular expression, as `re` does, in limited time: some go back over a name exponentially often.
+    Match a module's name with a regular expression, as `re` does, in limited time: some expressions backtrack
+    exponentially.
 
     Raises:
         ValueError: If it takes too long.
@@ -249,7 +250,8 @@ def _is_attention_to_prefix(model: nn.Module, name: str, config: PrefixPlusConfi
     """
     Whether a module that the probe rejected is attention, and where the configuration wants prefixes.
 
-    Its class's name tells attention from others that take a softmax (the router of a mixture of experts).
+    The name of its class distinguishes attention from other modules with a softmax (the router of a mixture of
+    experts).
     """
     if "attention" not in type(model.get_submodule(name)).__name__.lower():
         return False

@@ -1,2 +1,4 @@
-"""What goes to disk and to the Hub beside the weights: files written safely, and model cards. Knows configurations as they lie in
-files, and nothing of models or layers. May import `registration`."""
+"""
+Files on disk and on the Hub: written safely, checked, and described by a model card. Knows configurations as files
+have them, and nothing about models or layers. May import `registration`.
+"""

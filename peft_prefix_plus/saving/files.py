@@ -1,7 +1,6 @@
-"""What goes to disk and to the Hub beside the weights: files written safely, and a model card kept up to date.
-
-The section of a card that says how to load the adapters is made from the adapters that lie in the card's directory, and
-made anew on every save.
+"""
+Writing files safely, and keeping a model card up to date. Every save rewrites the section of a card that says how to
+load the adapters, from the adapters in the card's directory.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def update_card_of_saved_config(save_directory: str) -> None:
 
 def update_model_card(directory: str, repo_id: str | None = None, any_library: bool = False) -> None:
     """
-    Make the card in a directory describe the PREFIX_PLUS adapters that lie there, and say how to load them.
+    Make the card in a directory describe the PREFIX_PLUS adapters there, and say how to load them.
 
     Without a card, without an adapter, or if the card cannot be parsed, nothing happens.
 

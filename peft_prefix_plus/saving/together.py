@@ -21,10 +21,9 @@ STALE_SECONDS = 3600.0
 @contextmanager
 def saving_together(directory: str | os.PathLike[str]) -> Iterator[str]:
     """
-    Give a folder to save into, and put its files in a directory when all of them are written.
-
-    If the block fails, the directory is as it was. If the process is killed, what it had is there until the first new file is
-    put in place; then what is missing of the new files is in the folder, beside them.
+    Yield a folder to save into, and move its files into a directory when all of them are written. If the block fails,
+    the directory is as it was. If the process is killed before the first file is moved, the old files are there; if
+    later, the new files that are missing are in the folder, beside them.
 
     Args:
         directory (`str` or `os.PathLike`): The directory, made if it does not exist.

@@ -1,7 +1,7 @@
 """
-An adapter's weights as they lie in a file: their shapes, and the settings that they were saved with.
+An adapter's weights in a file: their shapes, and the settings that they were saved with.
 
-Both are read before anything is built for them, and nothing of the file but its header is.
+Both are read before anything is built for them, and only from the file's header.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ BROKEN_FILE = (
 @dataclass(frozen=True)
 class SavedWeights:
     """
-    What the header of a file of weights says.
+    The contents of the header of a file of weights.
 
     Attributes:
         path (`str`): The file.
@@ -82,12 +82,15 @@ class SavedWeights:
 
 
 def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a configuration's fields that say what its weights compute."""
+    """Return the fields of a configuration that determine what its weights compute."""
     return {name: value for name, value in fields.items() if name not in NOT_SETTINGS_OF_WEIGHTS}
 
 
 def difference_of_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """Return the name of a setting that both have, and not the same, or `None`. What `position_free=None` resolves to, a model has to say."""
+    """
+    Return the name of a setting that differs between the two, or `None`. `position_free=None` matches anything: it
+    depends on the model.
+    """
     for name, value in settings_of(first).items():
         is_open = name == "position_free" and None in (value, second.get(name))
         if name in second and value != second[name] and not is_open:
@@ -100,7 +103,7 @@ def difference_of_settings(first: Mapping[str, Any], second: Mapping[str, Any]) 
 
 def find_weights(source: str, subfolder: str | None = None, **hub_kwargs: Any) -> str | None:
     """
-    Return the file of an adapter's weights, as PEFT finds it, or `None` if there is none to be had.
+    Return the file of an adapter's weights, as PEFT finds it, or `None` if there is none.
 
     Args:
         source (`str`): A directory or a repository on the Hub.
@@ -123,7 +126,7 @@ def find_weights(source: str, subfolder: str | None = None, **hub_kwargs: Any) -
 
 @contextmanager
 def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let an error about what a file holds name the file, and say what to do."""
+    """Make an error about a file's contents name the file, and say what to do."""
     try:
         yield
     except BROKEN_FILE as error:
@@ -174,7 +177,7 @@ _SIZED = re.compile(
 
 def check_saved_weights(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
     """
-    Raise unless weights are of the sizes and settings that a configuration says.
+    Raise unless weights have the sizes and settings of a configuration.
 
     Without this a configuration of a few bytes could ask for more memory than there is.
 
@@ -222,7 +225,7 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
 
 
 def _where_the_rest_is(path: str) -> str:
-    """Where the configuration is that belongs to weights which an interrupted save had put in place already."""
+    """The place of the configuration that belongs to weights from an interrupted save."""
     directory = os.path.dirname(path)
     for parent, subfolder in ((directory, ""), (os.path.dirname(directory), os.path.basename(directory))):
         for name in sorted(os.listdir(parent or ".")):

@@ -1,14 +1,15 @@
 """
 Fewer keys and values in place of a text's, in closed form: attention matching (arXiv 2602.16284), for a prefix without log-weights.
 
-Of one head of keys, with queries q that have the text before them, its keys k_j and values v_j, and the log-sum-exp z and the
-output o of the real tokens after it:
+For one key head, with queries q that have the text before them, the text's keys k_j and values v_j, and the
+log-sum-exp z and the output o of the real tokens after it:
 
-1. Keys are kept that the queries attend to most: those with the greatest mean square of their share of the attention.
+1. Keep the keys that the queries attend to most: those with the greatest mean square of their share of the attention.
 2. Log-weights β_i ≥ −∞, by non-negative least squares, give the kept keys the mass that all have: Σ_i e^{β_i + s q·k_i} = Σ_j e^{s q·k_j}.
-3. A prefix has no log-weights, so they are folded into the keys: p_i = k_i + β_i u, where s q·u = 1 as nearly as least squares can. A
-   pretrained model's queries have a direction in common, so such a vector exists but for a few hundredths.
-4. Values by least squares, so that attention over the prefix and the real tokens gives what it gives over the text and the real tokens.
+3. A prefix has no log-weights, so they are folded into the keys: p_i = k_i + β_i u, where s q·u = 1 in the
+   least-squares sense. A pretrained model's queries share a direction, so such a vector exists up to a few hundredths.
+4. Fit the values by least squares, so that attention over the prefix and the real tokens matches attention over the
+   text and the real tokens.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ SMALLEST_WEIGHT = 1e-6
 
 class AttentionResidual(NamedTuple):
     """
-    How far attention with a prefix is from attention with the text that it stands for, in one attention module, over queries that
-    it was not fitted to.
+    How far attention with a prefix is from attention with the text that it replaces, in one attention module, over
+    queries that the fit did not use.
 
     Attributes:
         output: The norm of the difference of the outputs, relative to the norm of the output with the text.
@@ -52,13 +53,13 @@ class AttentionResidual(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """
-    What the queries that one head of keys serves see of a text, and of the real tokens after it.
+    How the queries of one key head attend to a text, and to the real tokens after it.
 
     Attributes:
         query (`torch.Tensor`): s · Q as a prefix meets it, (queries, key_dim).
         shares (`torch.Tensor`): The share of the attention that falls on each token of the text, (queries, text_tokens).
         real_lse (`torch.Tensor`): The log-sum-exp of the scores of the real tokens, (queries,).
-        text_lse (`torch.Tensor`): That of the scores of the text, (queries,).
+        text_lse (`torch.Tensor`): The log-sum-exp of the scores of the text, (queries,).
         real_output (`torch.Tensor`): The attention over the real tokens alone, (queries, value_dim).
         output (`torch.Tensor`): The attention over the text and the real tokens, (queries, value_dim).
     """
@@ -104,7 +105,7 @@ class Reading:
         return Reading(*(part[index] for part in parts))
 
     def without_shares(self) -> Reading:
-        """Return all but what grows with the text."""
+        """Return everything except the part that grows with the text."""
         return Reading(self.query, self.shares[:, :0], self.real_lse, self.text_lse, self.real_output, self.output)
 
 
@@ -112,7 +113,7 @@ def compact(
     reading: Reading, key: torch.Tensor, value: torch.Tensor, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Find the keys and values that stand for a text's in one head of keys.
+    Find the keys and values that replace a text's in one key head.
 
     Args:
         reading (`Reading`): The queries to serve.
@@ -131,10 +132,9 @@ def compact(
 
 def log_weights(reading: Reading, key: torch.Tensor) -> torch.Tensor:
     """
-    Find the log-weights with which kept keys have the mass that all keys of a text have, (num_tokens,).
-
-    The error of a query counts in proportion to the share that the text has of its attention. Least squares without negative
-    weights, by multiplicative updates: the numbers that they start from are all positive.
+    Find the log-weights with which the kept keys have the mass of all keys of a text, (num_tokens,). The error of a
+    query counts in proportion to the text's share of its attention. The non-negative least squares uses multiplicative
+    updates, which start from positive numbers.
     """
     text_share = torch.sigmoid(reading.text_lse - reading.real_lse)
     scores = (
@@ -149,7 +149,9 @@ def log_weights(reading: Reading, key: torch.Tensor) -> torch.Tensor:
 
 
 def folding_direction(query: torch.Tensor) -> torch.Tensor:
-    """Find the vector that all queries (queries, key_dim) score 1, or as nearly so as least squares can, (key_dim,)."""
+    """
+    Find the vector, (key_dim,), that all queries (queries, key_dim) score as close to 1 as possible, by least squares.
+    """
     products = _gram(query, query)
     direction = torch.linalg.solve(_with_ridge(products, FOLDING_RIDGE), query.sum(dim=0).to(products))
     return direction.to(query)
@@ -157,8 +159,8 @@ def folding_direction(query: torch.Tensor) -> torch.Tensor:
 
 def fitted_values(reading: Reading, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
-    Find the values with which keys of a prefix, (num_tokens, key_dim), give the output that the text gives, and of those that are
-    about as good the nearest to `value`, (num_tokens, value_dim).
+    Find the values with which keys of a prefix, (num_tokens, key_dim), give the text's output. Of nearly equal
+    solutions, take the closest to `value`, (num_tokens, value_dim).
     """
     shares, real_share = _shares(reading, key)
     wanted = reading.output - real_share[:, None] * reading.real_output - shares @ value

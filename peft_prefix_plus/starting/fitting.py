@@ -26,7 +26,7 @@ class Residual(NamedTuple):
 
 
 def repeated(states: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return the last `num_tokens` of keys or values (heads, tokens, dim), repeated where they are fewer."""
+    """Return the last `num_tokens` of keys or values (heads, tokens, dim), repeated if there are fewer."""
     available = states.shape[1]
     return states[:, -num_tokens:][:, torch.arange(num_tokens, device=states.device) % min(available, num_tokens)]
 
@@ -34,14 +34,14 @@ def repeated(states: torch.Tensor, num_tokens: int) -> torch.Tensor:
 @torch.no_grad()
 def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) -> dict[str, Residual]:
     """
-    Give encoders the parameters with which they produce what comes closest to the targets.
+    Give encoders the parameters whose output is closest to the targets.
 
     - `"none"` produces the targets themselves.
-    - `"linear"` minimizes the squared error, as a parameter stands for it (divided by the scaling), the keys and the values
-      that come from one projection in equal measure: the learned inputs P' are the left singular vectors of the targets of
-      all layers, put together as the layers share P' or the projection, and the projection follows by least squares. With as
-      many columns in P' as there are rows, nothing is lost.
-    - `"mlp"` has a hidden layer at random, and its learned inputs and last layer are fitted in the same way.
+    - `"linear"` minimizes the squared error on the scale of the parameters (divided by the scaling), with equal weight
+      for the keys and the values of a projection. The learned inputs P' are the left singular vectors of the targets
+      of all layers, stacked according to what the layers share, and the projection follows by least squares. With as
+      many columns in P' as there are rows, the fit is exact.
+    - `"mlp"` has a random hidden layer; its learned inputs and last layer are fitted in the same way.
 
     Args:
         encoders (`Mapping[str, PrefixEncoder]`): All encoders of an adapter, by module name.
@@ -49,7 +49,7 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
             value_dim).
 
     Returns:
-        `dict[str, Residual]`: What is left, by module name.
+        `dict[str, Residual]`: The residuals, by module name.
     """
     projected: dict[str, ProjectedEncoder] = {}
     for encoder in encoders.values():
@@ -95,7 +95,7 @@ def _unscaled(encoder: ProjectedEncoder, key: torch.Tensor, value: torch.Tensor)
 
 
 def _grouped(cells: Iterable[_Cell], part: str) -> list[list[_Cell]]:
-    """Put together the cells that share a part."""
+    """Group the cells that share a part."""
     groups: dict[nn.Module, list[_Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.encoder.part(part), []).append(cell)
@@ -103,14 +103,17 @@ def _grouped(cells: Iterable[_Cell], part: str) -> list[list[_Cell]]:
 
 
 def _connected(cells: list[_Cell]) -> list[list[_Cell]]:
-    """Put together the cells that share P', or the projection, or both."""
+    """Group the cells that share P', or the projection, or both."""
     by_inputs, by_output = _grouped(cells, "virtual_tokens"), _grouped(cells, "output")
     # layers share P' under one sharing, the projection under another, and under a third both: never in a chain
     return by_inputs if len(by_inputs) <= len(by_output) else by_output
 
 
 def _fit_inputs(component: list[_Cell]) -> None:
-    """Make the learned inputs of a component the leading left singular vectors of its targets, where they are too many."""
+    """
+    Set the learned inputs of a component to the leading left singular vectors of its targets, if there are too many
+    rows.
+    """
     rows = _grouped(component, "virtual_tokens")
     matrix = _balanced(torch.cat([_wanted(row) for row in rows]), _grouped(rows[0], "output"))
     weights = [row[0].encoder.part("virtual_tokens").weight for row in rows]
@@ -131,8 +134,8 @@ def _wanted(row: list[_Cell]) -> torch.Tensor:
 
 def _balanced(matrix: torch.Tensor, groups: list[list[_Cell]]) -> torch.Tensor:
     """
-    Bring the keys of every projection, and the values, to norm 1. Only whole columns may be weighed: least squares, which
-    finds the projection, does not notice that.
+    Scale the keys of every projection, and the values, to norm 1. Only whole columns may be scaled, which does not
+    change the least squares that finds the projection.
     """
     blocks = matrix.split([group[0].encoder.shape.size for group in groups], dim=1)
     shapes = [group[0].encoder.shape for group in groups]

@@ -33,21 +33,22 @@ def initialize_from_text(
     prompts: Sequence[str] | None = None,
 ) -> dict[str, Residual] | dict[str, AttentionResidual]:
     """
-    Start an adapter's prefix from the keys and values that the base model has for a text.
+    Start an adapter's prefix from the keys and values that the base model computes for a text.
 
-    `method="first"` takes the first `num_virtual_tokens` tokens. With `reparameterization="none"` the model then gives what the
-    base model gives when it reads them before the input, at the positions -num_virtual_tokens, …, -1 where keys rotate by their
-    position (RoPE), else at 0, 1, …: as long as nothing but the causal mask keeps the input from the text (no sliding window that
-    is shorter), and the positions enter by the keys (no bias by distance, as of ALiBi or T5).
+    `method="first"` uses the first `num_virtual_tokens` tokens. With `reparameterization="none"` the model then gives the same
+    output as the base model that reads these tokens before the input: at the positions -num_virtual_tokens, …, -1 if keys
+    rotate by their position (RoPE), else at 0, 1, …. This holds if only the causal mask hides text from the input (no shorter
+    sliding window), and if positions enter through the keys (no distance bias, as in ALiBi or T5).
 
-    `method="attention"` stands for the whole text, however long: in each head, the keys that queries attend to most, and values by
-    least squares, so that attention gives about what it gives over all of the text (attention matching, arXiv 2602.16284). The
-    queries are those of the text, which the base model reads a second time after itself, and of `prompts`. There is no training.
+    `method="attention"` replaces the whole text, however long. In each head it takes the keys that queries attend to most, and
+    fits values by least squares, so that attention is close to attention over the whole text (attention matching, arXiv
+    2602.16284). The queries are those of the text, which the base model reads a second time after itself, and of `prompts`.
+    There is no training.
 
     With the other reparameterizations the encoders are fitted to these keys and values (see [`initialize_from_key_values`]).
 
-    A text's keys are at its own positions: where the model rotates keys, the adapter is `position_free=False` after
-    `method="first"`. With `method="attention"` it stays as it is.
+    A text's keys are at its own positions. If the model rotates keys, `method="first"` therefore makes the adapter
+    `position_free=False`. `method="attention"` does not change that field.
 
     Args:
         model (`nn.Module`): A model with the adapter.
@@ -57,8 +58,8 @@ def initialize_from_text(
         add_special_tokens (`bool`, defaults to `True`): Whether the tokenizer adds its special tokens to the text.
         method (`str`, defaults to `"first"`): `"first"` or `"attention"`.
         prompts (`Sequence[str]`, *optional*):
-            What may be asked about the text, as the model will see it, chat template included: their queries count beside the
-            text's own. Only with `method="attention"`.
+            Likely questions about the text, as the model will see them, chat template included. Their queries count as
+            well as the text's own. Only with `method="attention"`.
 
     Returns:
         `dict[str, Residual]` or `dict[str, AttentionResidual]`: By attention module, how far the prefix is from the text's keys
@@ -190,8 +191,8 @@ def initialize_from_key_values(
     """
     Start an adapter's prefix from given keys and values.
 
-    With `reparameterization="none"` the prefix is exactly that. For `"linear"` and `"mlp"` the parameters are fitted in
-    closed form: by a truncated singular value decomposition and least squares, over all layers that share parameters.
+    With `reparameterization="none"` the prefix equals them. For `"linear"` and `"mlp"` the parameters are fitted in
+    closed form, by a truncated singular value decomposition and least squares, over all layers that share parameters.
 
     Args:
         model (`nn.Module`): A model with the adapter.

@@ -1,15 +1,15 @@
 """
-The quiet start of a prefix that shares a softmax with the real tokens: it takes part, and changes nothing yet.
+The quiet start of a joint prefix: it takes part in the softmax, but changes almost nothing yet.
 
-A pretrained model's scores are far from standard normal. A few dims carry most of a query's norm, and keys of the module's
-own size at random places draw up to 0.99 of the attention: training would first have to repair the model. So keys start
-where the module's queries pass over them:
+A pretrained model's scores are far from standard normal. A few dims carry most of a query's norm, and random keys of
+the module's own size draw up to 0.99 of the attention, so training would first have to repair the model. So keys start
+where the module's queries pay them little attention:
 
     p_i = o + n_i        share of the attention = Σ_i exp(s q·p_i) / (Σ_i exp(s q·p_i) + Σ_j exp(s q·k_j))
 
-The noise n_i spreads the scores of each key by about one nat, the same in all dims: keys that lie close together learn
-slowly. The offset o, one vector for each key/value head, is such that the share is the same in every query head: a head that
-scores the prefix far below the others would open late.
+The noise n_i spreads the scores of each key by about one nat, with equal contributions of all dims, because keys that
+lie close together learn slowly. The offset o, one vector per key/value head, makes the share the same in every query
+head, because a head that scores the prefix far below the others would learn to use it late.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ LEAST_ENERGY = 0.1
 
 def key_units(geometry: AttentionGeometry, is_position_free: bool) -> torch.Tensor:
     """
-    The standard deviation in each dim with which random keys have scores of standard deviation 1 and no dim outweighs another.
+    The standard deviation in each dim that gives random keys scores of standard deviation 1 without one dim
+    dominating.
 
     Args:
         geometry (`AttentionGeometry`): The attention module's geometry.
@@ -64,7 +65,7 @@ def start_quietly(
     encoders: Mapping[str, PrefixEncoder], geometries: Mapping[str, AttentionGeometry], is_position_free: bool
 ) -> None:
     """
-    Move the keys of an adapter, which are random, to where the queries of each attention module pass over them.
+    Move the random keys of an adapter to where the queries of each attention module pay them little attention.
 
     Args:
         encoders (`Mapping[str, PrefixEncoder]`): All encoders of the adapter, by module name.
@@ -92,9 +93,9 @@ def quiet_offset(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -
     Find what to add to keys so that every query head gives them the same small share of its attention.
 
     It is the shortest vector that the mean query of each head of the group scores as far below the head's real keys as
-    [`QUIET_SHARE`] says. Where the queries of a head have no direction in common it would be long, and other queries would
-    score it high: there it is as long as costs the real keys the least, the mean of -log(1 - λ) over the queries, λ being the
-    share. The mean of λ itself would give some queries up to the prefix altogether, for the sake of the others.
+    [`QUIET_SHARE`] says. If the queries of a head share no direction, this vector would be long, and some queries
+    would score it high. Then its length minimizes the mean of -log(1 - λ) over the queries, where λ is the share.
+    Minimizing the mean of λ itself would leave some queries entirely to the prefix, for the sake of the others.
 
     Args:
         queries (`torch.Tensor`): s · Q, (kv_heads, query heads of a group, tokens, key_dim), float64.
@@ -123,8 +124,8 @@ def quiet_offset(queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor) -
 
 def _scaled_queries(geometry: AttentionGeometry, is_position_free: bool) -> torch.Tensor:
     """
-    s · Q as the prefix meets it, (kv_heads, query heads of a group, tokens, key_dim), in float64 on the CPU: of all tokens but
-    the first, which in many language models is a sink, with queries of another order.
+    s · Q as the prefix meets it, (kv_heads, query heads of a group, tokens, key_dim), in float64 on the CPU, of all
+    tokens except the first, which in many language models is a sink with queries of a different magnitude.
     """
     query = geometry.unrotated_query if is_position_free else geometry.query
     query = query[:, 1:] if query.shape[1] > 1 else query

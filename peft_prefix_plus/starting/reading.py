@@ -1,4 +1,6 @@
-"""What a base model's attention modules see when it reads a text: its keys and values, and the queries that come after it."""
+"""
+A base model's attention modules while it reads a text: the text's keys and values, and the queries that come after it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ MEASURED = 8
 
 def read(model: nn.Module, token_ids: Sequence[int]) -> dict[str, KeyValue]:
     """
-    Return the keys and values that a base model has for a text before an input, (heads, tokens, dim), by attention module.
+    Return the keys and values that a base model computes for a text before an input, (heads, tokens, dim), by
+    attention module.
 
     Raises:
         TypeError: If the model is not one of transformers.
@@ -54,11 +57,11 @@ def read_again(
     use: Callable[[str, list[Reading], list[Reading]], None],
 ) -> None:
     """
-    Let a base model read a text and then prompts, and hand over what the prompts' queries see in each attention module.
-
-    What counts is the text and the prompt itself, which is what it would see after a prefix. Where a prefix meets unrotated queries,
-    each prompt begins at the position where an input would: a key there cannot tell near queries from far ones. Otherwise one follows
-    the other. On SmolLM2 either closed more of the gap than the other way round.
+    Let a base model read a text and then prompts, and pass on how the prompts' queries attend in each attention
+    module. Each prompt attends only to the text and itself, as it would after a prefix. For a prefix that meets
+    unrotated queries, each prompt begins at the position where an input would, because its keys cannot distinguish
+    near from far queries. Otherwise the prompts follow each other. On SmolLM2 each choice closed more of the gap than
+    its opposite.
 
     Args:
         model (`nn.Module`): The base model.

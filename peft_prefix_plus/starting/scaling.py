@@ -1,9 +1,9 @@
-"""The scale on which a prefix is learned, and its start at random.
+"""The scale of a prefix's parameters, and its random start.
 
-Adam moves a parameter by about the learning rate per step, whatever its gradient. Keys and values are numbers around 1, and
-a prefix learns best when it moves by a good part of that per step. A prefix that is itself the parameter therefore needs
-rates of 0.1 and more. Here a parameter of 1 stands for several standard deviations of the module's own keys or values, so
-that the rates which people use for LoRA are right for it.
+Adam moves a parameter by about the learning rate per step, whatever its gradient. Keys and values are numbers around
+1, and a prefix learns best when a step moves it by a sizable fraction of that. A prefix that is itself the parameter
+therefore needs learning rates of 0.1 and more. Here a parameter of 1 means several standard deviations of the module's
+own keys or values, so the usual learning rates of LoRA suit it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
     """
     Set an encoder's scale, and fill the parameters that it owns at random.
 
-    The prefix starts the same under every `prefix_scaling`, but for the random numbers.
+    Except for the random numbers, the prefix starts the same under every `prefix_scaling`.
 
     Args:
         encoder (`PrefixEncoder`): The encoder of one attention module.
@@ -59,5 +59,5 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
 
 
 def _power_of_two(number: float) -> float:
-    """The power of two next to a number: products with it round nothing, so that scaling loses nothing."""
+    """The power of two nearest to a number: products with it are exact, so scaling loses nothing."""
     return 2.0 ** round(math.log2(number))

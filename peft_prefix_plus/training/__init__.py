@@ -1,1 +1,4 @@
-"""What training with a prefix needs beyond a Trainer: groups of parameters, and the distillation of documents. May import everything but `cli`; nothing but `cli` imports it."""
+"""
+Training a prefix, beyond what a Trainer does: groups of parameters, and the distillation of documents. May import
+everything but `cli`; nothing but `cli` imports it.
+"""

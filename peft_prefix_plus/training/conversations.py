@@ -31,9 +31,8 @@ class Conversation:
 
 class ConversationFile:
     """
-    A JSON-lines file that conversations are added to in batches, each whole or not at all.
-
-    A batch is one write, forced to the disk. What a killed process left of one is cut off when the file is opened again.
+    A JSON-lines file to which conversations are added in batches, each completely or not at all. A batch is one write,
+    forced to the disk. When the file is opened again, a partial batch of a killed process is cut off.
 
     Args:
         path (`Path`): The file, which need not exist.

@@ -52,35 +52,35 @@ def distill(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PeftModel:
     """
-    Train a prefix to do what a document in the context does (after Cartridges, arXiv 2506.06266).
+    Train a prefix to replace a document in the context (after Cartridges, arXiv 2506.06266).
 
-    The teacher is the base model with the document in its context, the student the same model with the prefix and without the
-    document. The prefix learns the teacher's distribution over the tokens of answers, by [`DistillationTrainer`]. The answers are
-    the teacher's own: to the prompts that are given, or to those that the model writes itself about pieces of the document.
-
-    Everything is kept in the output directory, the conversations and the Trainer's checkpoints. The same call again goes on where a
-    run that was killed has stopped, and ends with the same weights. The adapter is in the model that is returned; save it as any
-    other.
+    The teacher is the base model with the document in its context. The student is the same model with the prefix and
+    without the document. With [`DistillationTrainer`], the prefix learns the teacher's distribution over the tokens of
+    answers. The teacher writes the answers, to the given prompts or to prompts that the model writes about pieces of
+    the document. The output directory keeps the conversations and the Trainer's checkpoints. To continue a run that
+    was killed, make the same call again; it ends with the same weights. The returned model has the adapter; save it
+    like any other.
 
     Args:
         model: A causal language model, or a `PeftModel` with the adapter to train.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        text (`str`, *optional*): The document. One that is too long for a window is taken in several.
+        text (`str`, *optional*): The document. If it is too long for one window, it is split into several.
         messages (`Sequence[dict]`, *optional*): In place of a text: a conversation's first messages, a system prompt or examples.
         args (`TrainingArguments` or `str`): The Trainer's arguments, or the output directory alone.
         config (`PrefixPlusConfig`, *optional*): The adapter's configuration, if the model does not have it. `None` means 128
             virtual tokens at fixed positions.
         adapter_name (`str`, defaults to `"default"`): The adapter.
-        prompts (`Sequence[str | tuple[str, str]]`, *optional*): What to ask, or pairs of that and the answer. `None` means self-study.
+        prompts (`Sequence[str | tuple[str, str]]`, *optional*): Prompts, or pairs of prompt and answer. `None` means
+            self-study.
         self_study (`SelfStudy`, *optional*): How self-study is done, and how answers to prompts are written.
-        start (`str`, *optional*): Where the prefix starts: `"attention"` or `"first"`, the methods of [`initialize_from_text`], from
-            the document (its first window); or `"config"`, as the configuration says. `None` means `"attention"` for a prefix in
-            the softmax, and `"config"` for others.
-        window_tokens (`int`, *optional*): The most tokens of the document in the teacher's context. `None` means half of the model's
-            context, the rest of which conversations have.
+        start (`str`, *optional*): Where the prefix starts: `"attention"` or `"first"`, the methods of
+            [`initialize_from_text`], from the document (its first window); or `"config"`, as the configuration says.
+            `None` means `"attention"` for a joint prefix, and `"config"` for others.
+        window_tokens (`int`, *optional*): The most tokens of the document in the teacher's context. `None` means half
+            of the model's context, which leaves the rest for the conversations.
         k (`int`, *optional*, defaults to 20): How many of the teacher's likeliest tokens count one by one; `None` means all.
-        distractors (`Sequence[str]`, *optional*): Other adapters of the model that are active beside in some steps, so that the prefix
-            keeps its effect beside those of other documents.
+        distractors (`Sequence[str]`, *optional*): Other adapters of the model that are also active in some steps, so
+            that the prefix still works together with prefixes of other documents.
         callbacks (`Sequence[TrainerCallback]`, *optional*): For the Trainer.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A Trainer that teaches a prefix what the base model knows with a document in its context."""
+"""A Trainer that trains a prefix to match the base model with a document in its context."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class DistillationTrainer(Trainer):
         windows (`Sequence[Window]`): The document's windows.
         k (`int`, *optional*, defaults to 20): How many of the teacher's likeliest tokens count one by one; the others count
             together. `None` means all.
-        distractors (`Sequence[str]`, *optional*): Other adapters of the model, which stay as they are. In about every other step
-            some of them, drawn at random, are active beside the one that is trained (arXiv 2606.04557).
+        distractors (`Sequence[str]`, *optional*): Other adapters of the model, which are not trained. In about every
+            other step some of them, drawn at random, are active together with the trained one (arXiv 2606.04557).
         kwargs: What the Trainer takes.
 
     Raises:
@@ -81,7 +81,10 @@ class DistillationTrainer(Trainer):
         return WindowSampler(windows, self.args.eval_batch_size, seed=None)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take a step, the adapters of [`drawn_distractors`] active beside the one that is trained until backward is over."""
+        """
+        Take a step. Until backward is over, the adapters of [`drawn_distractors`] are active together with the trained
+        one.
+        """
         names = drawn_distractors(self.distractors, f"{self.args.seed} {self.state.global_step}")
         with ExitStack() as stack:
             for _, layer in prefix_layers(model) if names else ():
@@ -91,7 +94,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the divergence per answer token, and with `return_outputs` no outputs beside it."""
+        """Return the divergence per answer token. With `return_outputs` the outputs are empty."""
         call: Any = model
         unwrapped = self.accelerator.unwrap_model(model)
         self.contexts.read(model, unwrapped)
@@ -119,7 +122,7 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def teacher_states(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """
-        Return what the base model has for the tokens of the answers, with the document in its context.
+        Return the base model's states for the tokens of the answers, with the document in its context.
 
         Args:
             model (`nn.Module`): The model, or what it is wrapped in.
@@ -151,7 +154,7 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the divergence; there are no predictions beside it."""
+        """Return the divergence, without predictions."""
         return super().prediction_step(model, inputs, True, ignore_keys)
 
 
@@ -230,14 +233,13 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
 
 class WindowSampler(Sampler[int]):
     """
-    Draws batches that are of one window each, in an order of their own for every epoch.
-
-    The last batch of a window is filled up with rows that it has had already.
+    Draws batches of one window each, in a new order for every epoch. The last batch of a window is filled up with
+    earlier rows of that window.
 
     Args:
         windows (`Sequence[int]`): Each row's window.
         batch_size (`int`): The rows of a batch.
-        seed (`int`, *optional*): What the order comes from; `None` means that of the rows.
+        seed (`int`, *optional*): The seed of the order; `None` keeps the order of the rows.
     """
 
     def __init__(self, windows: Sequence[int], batch_size: int, seed: int | None) -> None:
@@ -291,7 +293,7 @@ def check_distractors(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def drawn_distractors(names: Sequence[str], seed: str) -> list[str]:
-    """Return no names, or in half of all cases some: as many as chance says, and which."""
+    """Return no names in half of all cases, otherwise a random number of random names."""
     generator = random.Random(seed)
     if not names or generator.random() < 0.5:
         return []

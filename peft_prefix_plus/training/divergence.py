@@ -61,7 +61,7 @@ def summed_divergence(student: torch.Tensor, teacher: torch.Tensor, head: Head, 
     Args:
         student (`torch.Tensor`): The student's hidden states, (tokens, hidden).
         teacher (`torch.Tensor`): The teacher's, of the same shape.
-        head (`Head`): What makes logits of both.
+        head (`Head`): The output layer, which computes the logits of both.
         k (`int`, *optional*): See [`divergence`].
 
     Returns:

@@ -22,7 +22,7 @@ MERGING = 8
 @dataclass(frozen=True)
 class Window:
     """
-    A part of a document that fits into the model's context, which is all of it where that fits.
+    A part of a document that fits into the model's context: the whole document if that fits.
 
     Attributes:
         messages (`tuple[Message, ...]`): What stands in the context before a conversation.
@@ -77,7 +77,7 @@ class Chat:
         return after[:1] or ([] if end is None else [end])
 
     def padding_id(self) -> int:
-        """Return the token to pad with. What it is does not matter: it is masked and has no loss."""
+        """Return the token to pad with. Its value does not matter, because it is masked and has no loss."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(token for token in candidates if token is not None))
 
@@ -101,7 +101,9 @@ class Chat:
         return one[: next((i for i, pair in enumerate(zip(one, another, strict=False)) if len(set(pair)) > 1), None)]
 
     def first_tokens(self, text: str, count: int) -> str:
-        """Return the first tokens of a text, or all of it where a text of these alone would be other tokens."""
+        """
+        Return the first tokens of a text, or the whole text if those tokens alone would be tokenized differently.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in encoded["offset_mapping"]]
         cut = text[: ends[count - 1]] if count < len(ends) else text

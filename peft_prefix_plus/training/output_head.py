@@ -20,10 +20,9 @@ Take = Callable[[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Te
 @contextmanager
 def taking_hidden_states(head: nn.Module, take: Take) -> Iterator[None]:
     """
-    Hand over the hidden states that reach a model's output layer, in the model's own forward, and spare the logits.
-
-    What is done with them so happens where a sharded model has the layer's weights together. The number that `take` returns
-    becomes the model's logits, all of them, so that it is an output of the model to whatever watches its outputs.
+    Pass the hidden states that reach a model's output layer to `take`, in the model's own forward, and skip the
+    logits. `take` thus runs while a sharded model has the layer's weights gathered. The number that it returns becomes
+    the model's only logit, so anything that watches the model's outputs sees it as an output.
 
     Args:
         head (`nn.Module`): The output layer.
@@ -49,8 +48,8 @@ def taking_hidden_states(head: nn.Module, take: Take) -> Iterator[None]:
 
 def plain_output_head(model: nn.Module) -> nn.Module | None:
     """
-    Return a language model's output layer if what it puts out are the model's logits, bit for bit, in a forward of two tokens;
-    `None` if the model does more with them (a soft cap, a factor), or has none.
+    Return a language model's output layer if its output is bit-identical to the model's logits, in a forward of two
+    tokens. Return `None` if the model processes them further (a soft cap, a factor), or has no output layer.
     """
     base: Any = model
     head: nn.Module | None = base.get_output_embeddings()

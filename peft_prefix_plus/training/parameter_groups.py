@@ -1,4 +1,6 @@
-"""Groups of parameters for an optimizer, so that keys, values, gates and projections can learn at rates of their own."""
+"""
+Groups of parameters for an optimizer, so that keys, values, gates and projections can have their own learning rates.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,16 @@ def prefix_plus_param_groups(
     adapter_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Return the trainable parameters in groups, as the optimizers of `torch.optim` take them.
+    Return the trainable parameters in groups for the optimizers of `torch.optim`.
 
     A group's `name` is `"keys"`, `"values"`, `"gates"`, `"projection"` (P' and the network of a reparameterization) or
-    `"other"` (everything else that is trainable: `modules_to_save`, other adapters). Vectors and numbers of the last two,
-    biases above all, are in `"projection_no_decay"` and `"other_no_decay"`. Weight decay is not on these, nor on gates.
-    Every trainable parameter is in one group, but for the scales, whose gradient is zero; no group is empty.
+    `"other"` (everything else that is trainable: `modules_to_save`, other adapters). The last two groups' vectors and
+    scalars, mostly biases, are in `"projection_no_decay"` and `"other_no_decay"`. These and gates have no weight
+    decay. Every trainable parameter is in one group, except the scales, whose gradient is zero. No group is empty.
 
     Args:
         model (`nn.Module`): A model with PREFIX_PLUS adapters.
-        lr (`float`): The rate of every group for which none is given.
+        lr (`float`): The learning rate of every group without its own.
         key_lr (`float`, *optional*): The rate of the keys.
         value_lr (`float`, *optional*): The rate of the values.
         gate_lr (`float`, *optional*): The rate of the gates.
@@ -157,7 +159,7 @@ def _check_number(argument: str, value: float) -> None:
 
 
 def _check_is_trained(kind: str, argument: str, rate: float, members: dict[str, list[nn.Parameter]]) -> None:
-    """Raise if a rate is given for what is not trained, or only for a part of what its name promises."""
+    """Raise if a rate is given for parameters that are not trained, or that it would cover only in part."""
     if kind in ("keys", "values") and members["projection"]:
         raise ValueError(
             f"`{argument}` is {rate}, but an adapter with a reparameterization is trained: one matrix produces its keys "

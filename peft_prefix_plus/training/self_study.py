@@ -23,12 +23,12 @@ from .teacher import Contexts, adapters_off
 @dataclass(frozen=True)
 class Template:
     """
-    How conversations of one kind are made.
+    How to make conversations of one kind.
 
     `{piece}` stands for a piece of the document, `{start}` for the piece's first words.
 
     Attributes:
-        kind (`str`): A name, which is noted beside the conversations.
+        kind (`str`): A name, which is stored with the conversations.
         prompt (`str`): The prompt, or, if `asks`, the request to which the model writes the prompt.
         asks (`bool`): Whether the model writes the prompt. It sees the piece in the request alone.
         recites (`bool`): Whether the answer is the piece after its first words, instead of what the model writes.
@@ -106,13 +106,13 @@ class SelfStudy:
 
     Args:
         num_conversations (`int`, defaults to 512): How many.
-        templates (`Sequence[Template]`): What they are made by.
+        templates (`Sequence[Template]`): The templates that they are made from.
         piece_tokens (`int`, defaults to 160): The tokens of a piece; each has at least half as many.
         max_prompt_tokens (`int`, defaults to 48): The most tokens of a prompt that the model writes.
         max_answer_tokens (`int`, defaults to 128): The most tokens of an answer.
-        temperature (`float`, defaults to 0.7): What the model's tokens are drawn at; 0 takes the likeliest.
+        temperature (`float`, defaults to 0.7): The sampling temperature; 0 takes the likeliest token.
         batch_size (`int`, defaults to 8): The conversations that are written at a time.
-        seed (`int`, defaults to 0): What pieces and tokens are drawn by.
+        seed (`int`, defaults to 0): The random seed of pieces and tokens.
 
     Raises:
         ValueError: If a number is out of its range, or there is no template.
@@ -245,9 +245,8 @@ def study(
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Conversation]:
     """
-    Make conversations about a document, and go on where the file ends.
-
-    What is drawn depends on the seed and a conversation's place alone, so a process that was killed gives the same in the end.
+    Make conversations about a document, and continue where the file ends. Random draws depend only on the seed and a
+    conversation's index, so the result is the same after a process was killed.
 
     Args:
         model: The model; its adapters are off.

@@ -23,8 +23,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     """
     Let a model compute what its base model computes, in this thread.
 
-    Prefixes are left out of the calls, without a change of the model. Adapters of other methods are disabled as PEFT does it, and
-    what is trainable is so afterwards.
+    Prefixes are left out of the calls without changing the model. Adapters of other methods are disabled in PEFT's
+    way, and afterwards the same parameters are trainable as before.
     """
     layers = [layer for _, layer in prefix_layers(model)]
     if layers:
@@ -48,7 +48,7 @@ class Contexts:
     """
     The caches of token sequences that many conversations begin with, one for each sequence, computed at the first use.
 
-    A cache that is handed out is a copy: those that are kept are never changed.
+    [`Contexts.cache`] returns copies; the stored caches never change.
 
     Args:
         token_ids (`Sequence[Sequence[int]]`): The sequences.
@@ -99,7 +99,7 @@ def keeping_logits(model: nn.Module, count: int) -> dict[str, int]:
 
 def check_trains_prefix_alone(model: nn.Module) -> None:
     """
-    Raise if a model's adapters replace whole modules, which the teacher would see too.
+    Raise if a model's adapters replace whole modules, because the teacher would use them too.
 
     Raises:
         ValueError: If they do.
