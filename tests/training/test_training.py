@@ -163,7 +163,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, fields, i
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         base.config.dropout = base.config.attention_dropout = 0.0
-        assert base.is_gradient_checkpointing == checkpointed
         recomputed = count_layer_calls(model)
         torch.manual_seed(2)
         loss = loss_of(model, **inputs)
