@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_prefix_plus import PrefixPlusConfig, PrefixPlusLayer
 
@@ -30,6 +33,15 @@ DECOUPLED_CAP = 6.0
 """What the scores of a decoupled prefix approach."""
 SCALING_SIZE = 3
 """How many numbers hold the factors of one attention module. They require a gradient, which is zero."""
+
+REPARAMETERIZATIONS = ("none", "linear", "mlp")
+SHARINGS = ("none", "input", "projection", "all")
+COMBINATIONS = list(itertools.product(REPARAMETERIZATIONS, SHARINGS))
+"""Every value of the two fields, though without a reparameterization layers have nothing to share."""
+ENCODERS = [("none", "none"), *itertools.product(("linear", "mlp"), SHARINGS)]
+"""The combinations that differ."""
+EACH_COMBINATION = pytest.mark.parametrize(("reparameterization", "sharing"), COMBINATIONS)
+EACH_ENCODER = pytest.mark.parametrize(("reparameterization", "sharing"), ENCODERS)
 
 DECODER_SIZES = {
     "vocab_size": VOCABULARY,
@@ -220,6 +232,31 @@ def tiny_model(
         implementation = implementation or recipe.implementations[-1]
         model = model_class._from_config(config, attn_implementation=implementation, dtype=dtype)
     return model.eval()
+
+
+def latent_model() -> Any:
+    """A tiny DeepSeek V3, whose keys have twelve numbers and whose values have six."""
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
+    sizes = {**DECODER_SIZES, "num_key_value_heads": 4, "first_k_dense_replace": 3}
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **latent)).eval()
+
+
+def save_base(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Save a tiny random Llama and its tokenizer, as a user finds a base model, and return the directory."""
+    sizes = {name: DECODER_SIZES[name] for name in ("hidden_size", "intermediate_size", "initializer_range")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def joint_config(**fields: Any) -> PrefixPlusConfig:

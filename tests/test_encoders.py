@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import pytest
@@ -10,7 +9,10 @@ import torch
 import transformers
 from models import (
     DECODER_SIZES,
+    EACH_COMBINATION,
+    REPARAMETERIZATIONS,
     SCALING_SIZE,
+    SHARINGS,
     adapter_parameters,
     joint_config,
     output_of,
@@ -27,12 +29,6 @@ from transformers.activations import ACT2FN
 
 # Of the tiny Llama: two key/value heads of eight numbers, each with a key and a value.
 LENGTH, DIM, HIDDEN, SIZE = 3, 5, 7, 2 * (8 + 8)
-
-REPARAMETERIZATIONS = ("none", "linear", "mlp")
-SHARINGS = ("none", "input", "projection", "all")
-EACH_ENCODER = pytest.mark.parametrize(
-    ("reparameterization", "sharing"), list(itertools.product(REPARAMETERIZATIONS, SHARINGS))
-)
 
 
 def encoder_fields(reparameterization: str, sharing: str) -> dict[str, object]:
@@ -67,7 +63,7 @@ def expected_count(reparameterization: str, sharing: str, layers: int, size: int
 
 
 @pytest.mark.parametrize("layers", [None, [1], [0, 3], [-1, -2, 0]])
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_the_number_of_parameters_is_that_of_the_formula(reparameterization, sharing, layers):
     base = tiny_model(num_hidden_layers=4)
     total = sum(parameter.numel() for parameter in base.parameters())
@@ -135,7 +131,7 @@ def prefix_by_formula(
     )
 
 
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_the_prefix_is_that_of_the_formula_and_shared_tensors_are_stored_once(reparameterization, sharing, tmp_path):
     model = prefixed(tiny_model(), prefix_scaling=0.5, **encoder_fields(reparameterization, sharing))
     with torch.no_grad():
@@ -173,7 +169,7 @@ def test_the_activation_is_the_one_named(activation):
         torch.testing.assert_close(torch.cat([*key, *value], dim=-1), flat)
 
 
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_the_hidden_width_of_the_mlp_is_the_encoders_width_unless_given(reparameterization, sharing):
     fields = {**encoder_fields(reparameterization, sharing), "encoder_hidden_size": None}
     widths = {
@@ -223,7 +219,7 @@ def two_shapes(seed: int = 0) -> torch.nn.Module:
     return transformers.Gemma4ForCausalLM(config).eval()
 
 
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_layers_of_different_shape_share_a_projection_per_shape(reparameterization, sharing, tmp_path):
     inputs = {"input_ids": token_ids()}
     base = two_shapes()
@@ -289,7 +285,7 @@ def test_dropout_is_on_the_produced_prefix_and_in_training_only(reparameterizati
     assert torch.equal(output_of(model, **inputs), output_of(model, **inputs))
 
 
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_a_start_of_zeros_is_zero_but_not_the_base_model(reparameterization, sharing):
     inputs = {"input_ids": token_ids()}
     expected = output_of(tiny_model(), **inputs)
@@ -300,7 +296,7 @@ def test_a_start_of_zeros_is_zero_but_not_the_base_model(reparameterization, sha
     assert (output_of(model, **inputs) - expected).abs().max() > 1e-2  # it takes its share of the attention
 
 
-@EACH_ENCODER
+@EACH_COMBINATION
 def test_false_is_the_random_start_and_the_default_another(reparameterization, sharing):
     outputs = []
     for start in (False, "random", True):

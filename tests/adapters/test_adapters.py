@@ -201,15 +201,6 @@ def test_a_model_works_after_one_of_several_adapters_is_deleted(active, tmp_path
         output_of(model, input_ids=token_ids())
 
 
-def test_peft_can_switch_off_the_casting_of_inputs():
-    from peft.helpers import disable_input_dtype_casting
-
-    model = prefixed(tiny_model())
-    expected = output_of(model, input_ids=token_ids())
-    with disable_input_dtype_casting(model):
-        assert torch.equal(output_of(model, input_ids=token_ids()), expected)
-
-
 def test_deleting_the_only_adapter_leaves_the_base_model():
     base = tiny_model()
     before = state_of(base)

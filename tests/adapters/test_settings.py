@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import output_of, prefix_config, prefixed, tiny_model, token_ids
+from models import output_of, prefix_config, prefixed, tiny_model, token_ids, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_threads import MODELS
@@ -229,12 +229,13 @@ def test_a_configuration_cannot_ask_for_more_than_the_weights_have(fields, edite
     ],
 )
 def test_a_broken_configuration_is_named(text: str, tmp_path: Path) -> None:
-    prefixed(tiny_model(), task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    model = prefixed(tiny_model(), task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=CONFIG):
         PrefixPlusConfig.from_pretrained(tmp_path)
-    with pytest.raises(ValueError):
-        prefixed(tiny_model(), task_type="CAUSAL_LM").load_adapter(tmp_path, "other")
+    with unchanged(model), pytest.raises(ValueError, match=CONFIG):
+        model.load_adapter(tmp_path, "other")
 
 
 def test_a_model_with_a_prefix_is_told_to_load_a_further_one(tmp_path: Path) -> None:

@@ -294,26 +294,39 @@ def test_an_implementation_whose_mask_is_not_known_is_an_error(name):
         Attention(name, made).attend(query, key, value)
 
 
-@pytest.mark.parametrize(
-    "reason, kwargs",
-    [
-        ("attention weights are asked for", {"output_attentions": True}),
-        ("attention dropout", {"dropout": 0.1}),
-        ("a relative position bias", {"position_bias": torch.zeros(1)}),
-        ("soft-capped scores", {"softcap": 30.0}),
-        ("attention sinks", {"s_aux": torch.zeros(HEADS)}),
-    ],
-)
-def test_the_fused_way_is_left_where_it_would_differ(reason, kwargs):
+def is_fused(implementation="sdpa", **kwargs):
+    """Whether a call with these arguments is computed by the fused way."""
     query, key, _, (prefix,) = tensors()
+    call = AttentionCall(implementation, eager_attention_forward, None, query, key, None, None, prefix, query, kwargs)
+    return dispatch.why_concatenate(call) is None
 
-    def why(implementation, kwargs):
-        call = (implementation, eager_attention_forward, None, query, key, None, None, prefix, query, kwargs)
-        return dispatch.why_concatenate(AttentionCall(*call))
 
-    assert why("sdpa", kwargs) == reason
-    assert why("eager", {}) == "another implementation than sdpa"
-    assert why("sdpa", {"dropout": 0.0, "softcap": None, "scaling": 2.0}) is None
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"output_attentions": True},
+        {"dropout": 0.1},
+        {"position_bias": torch.zeros(1)},
+        {"softcap": 30.0},
+        {"s_aux": torch.zeros(HEADS)},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_the_fused_way_is_left_where_it_would_differ(argument):
+    assert not is_fused(**argument)
+
+
+def test_the_fused_way_is_for_sdpa_alone():
+    assert is_fused("sdpa") and not is_fused("eager")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"output_attentions": False}, {"dropout": 0.0}, {"position_bias": None}, {"softcap": None}, {"scaling": 2.0}],
+    ids=str,
+)
+def test_arguments_that_ask_for_nothing_leave_the_fused_way(arguments):
+    assert is_fused(**arguments)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

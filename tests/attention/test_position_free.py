@@ -458,7 +458,7 @@ def test_a_model_without_weights_has_the_same_rotations():
 # ------------------------------------------------------------------------------------------------- the configuration
 
 
-def test_what_none_comes_to_is_saved_and_loaded(tmp_path):
+def test_what_none_resolves_to_is_saved_and_loaded(tmp_path):
     for architecture, expected in (("llama", True), ("gpt2", True)):
         model = prefixed(tiny_model(architecture))
         assert model.resolved_config().position_free is expected

@@ -14,7 +14,7 @@ import quality
 import quality_data
 import quality_real
 import quality_small
-import torch
+from models import save_base
 from peft import get_peft_model
 from quality_data import SCALES, make_tokenizer
 from quality_methods import equal_sizes, lora_config, num_parameters, prefix_plus_config, prompt_tuning_config
@@ -22,7 +22,7 @@ from quality_real_report import report, section
 from quality_real_tasks import TASKS, bleu, exact_match
 from quality_runs import Results, lowest, progress_bar
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from peft_prefix_plus import PrefixPlusConfig
 
@@ -50,23 +50,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny random Llama and a tokenizer."""
-    directory = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer([row["mr"] + row["ref"] for row in ROWS], 400)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_base(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 def options(model: Path, data: Path, output: Path, *more: str) -> list[str]:

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SCALING_SIZE, joint_config
+from models import SCALING_SIZE, joint_config, save_base
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
@@ -56,23 +55,7 @@ def word_tokenizer(adds_start: bool = False) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny random model with a tokenizer of words."""
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        eos_token_id=0,
-        bos_token_id=1,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    word_tokenizer().save_pretrained(directory)
-    return directory
+    return save_base(tmp_path_factory.mktemp("base"), word_tokenizer())
 
 
 @pytest.fixture

@@ -197,7 +197,8 @@ def test_a_prefix_that_a_projection_produces_is_converted(is_saved, tmp_path):
     carrier = copy.deepcopy(theirs)
     ours = from_prefix_tuning(tmp_path, copy.deepcopy(base)) if is_saved else from_prefix_tuning(carrier)
     assert_equal_outputs(ours.eval(), theirs, base)
-    assert is_saved or ours.get_base_model() is carrier.get_base_model()
+    if not is_saved:
+        assert ours.get_base_model() is carrier.get_base_model()
 
 
 def test_a_reparameterized_prefix_becomes_an_adapter_that_peft_loads_alone(tmp_path, run_in_new_process):

@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from peft_prefix_plus import PrefixPlusConfig, __version__
+from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.attention.added import DECOUPLED_CAP
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
@@ -69,11 +69,6 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
     assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
     assert f"{DECOUPLED_CAP:g} \\tanh(x / {DECOUPLED_CAP:g})" in method
-
-
-def test_changelog_has_the_version_or_is_unreleased() -> None:
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "## [Unreleased]" in changelog or f"## [{__version__}]" in changelog
 
 
 # ------------------------------------------------------- what the README and the migration page say of PREFIX_TUNING

@@ -134,6 +134,7 @@ def test_docstrings_of_a_module(name: str, elsewhere: Path) -> None:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
+        assert error.name is not None and not error.name.startswith("peft_prefix_plus")
         pytest.skip(f"needs the extra that brings {error.name}")
     assert doctest.testmod(module).failed == 0
 
@@ -197,20 +198,6 @@ def test_table_of_parameters_is_what_the_command_prints(page: str, capsys: pytes
     parameters = pytest.importorskip("peft_prefix_plus.cli.parameters")
     parameters.params(parameters.CountingSettings(markdown=True))
     assert capsys.readouterr().out.strip() in (ROOT / page).read_text(encoding="utf-8")
-
-
-def test_readme_explains_what_the_ci_runs() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
-    assert commands == [
-        "make lint",
-        "make docs",
-        "make test",
-        "make test-oldest",
-        "make test-models",
-        "make test-serving",
-    ]
-    assert all(re.search(rf"^{command}\b", readme, re.MULTILINE) for command in commands)
 
 
 def test_links_to_files_lead_somewhere() -> None:

@@ -72,6 +72,38 @@ REFUSED = {
 }
 """The models that cannot have a prefix; docs/models.md has their errors. No other may be refused."""
 
+OWN_CACHE_DIFFERS = {
+    "BertGenerationDecoder",
+    "BertLMHeadModel",
+    "BigBirdForCausalLM",
+    "CamembertForCausalLM",
+    "CpmAntForCausalLM",
+    "Data2VecTextForCausalLM",
+    "ElectraForCausalLM",
+    "ErnieForCausalLM",
+    "FSMTForConditionalGeneration",
+    "MegatronBertForCausalLM",
+    "MoshiForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "RemBertForCausalLM",
+    "RoCBertForCausalLM",
+    "RoFormerForCausalLM",
+    "RobertaForCausalLM",
+    "RobertaPreLayerNormForCausalLM",
+    "XLMRobertaForCausalLM",
+    "XLMRobertaXLForCausalLM",
+    "XLMWithLMHeadModel",
+    "XmodForCausalLM",
+}
+"""
+The models whose generation with a cache is not what they compute over the whole text, without an adapter too: encoders that see
+the tokens to come, positions that are not counted on, audio codes that are put into another order. No other may differ.
+"""
+
+CACHE_TOLERANCE = 1e-4
+"""Of the last logits after a generation with a cache, which are around 1 in float32; the base models differ by 6e-6 at most."""
+
 PROMPT = token_ids(2, 6, seed=2)
 
 
@@ -152,7 +184,7 @@ def check_all(case: Case, tmp_path: Path) -> dict[str, list[str]]:
         obstacles = {geometry.obstacle for geometry in geometries.values() if geometry.obstacle}
         assert obstacles
     if output is not None:
-        check_generation(tuned, output)
+        check_generation(case, tuned, output)
     tuned.save_pretrained(tmp_path)
 
     unloaded = tuned.unload()
@@ -187,17 +219,18 @@ def check_rows_are_independent(tuned: PeftModel, inputs: dict[str, torch.Tensor]
     torch.testing.assert_close(alone, logits[:1], atol=2e-4, rtol=1e-3)
 
 
-def check_generation(tuned: PeftModel, of_base: Any) -> None:
+def check_generation(case: Case, tuned: PeftModel, of_base: Any) -> None:
     """Greedy generation with a cache gives what forwards over the whole text give, where it does so in the base model."""
     of_tuned = generated(tuned)
     assert of_tuned.sequences.shape == of_base.sequences.shape
     assert not torch.equal(of_tuned.logits[-1], of_base.logits[-1]), "the adapter does not change what is generated"
     with tuned.disable_adapter():
         base_error = error_of_cache(tuned, of_base)
+    if case.class_name in OWN_CACHE_DIFFERS:
+        assert base_error > 1e-2, "its own cache is exact now: take it off OWN_CACHE_DIFFERS"
+        return
     error = error_of_cache(tuned, of_tuned)
-    assert base_error > 1e-3 or error < 1e-2, (
-        f"with a cache the logits are off by {error}, the base model's by {base_error}"
-    )
+    assert error < CACHE_TOLERANCE, f"with a cache the logits are off by {error}, the base model's by {base_error}"
 
 
 def generated(model: Any) -> Any:
@@ -279,7 +312,7 @@ def check_queries_are_unrotated(tuned: Any) -> None:
                 for name, ids in inputs.items()
             }
             tuned(**inputs, **positions)
-    num_checked = 0
+    checked = set()
     for name, calls in seen.items():
         half = len(calls) // 2
         for (hidden_here, here, unrotated), (hidden_there, there, moved) in zip(
@@ -291,8 +324,8 @@ def check_queries_are_unrotated(tuned: Any) -> None:
             torch.testing.assert_close(
                 moved, unrotated, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
-            num_checked += 1
-    assert num_checked >= len(seen) // 2
+            checked.add(name)
+    assert 2 * len(checked) >= len(seen), "hardly any layer was compared"
     for hook in hooks:
         hook.remove()
     for layer in layers.values():

@@ -242,10 +242,10 @@ def test_an_adapter_can_be_pushed_to_a_new_branch(hub, pushed, loaded):
 
 
 def test_every_push_is_one_commit(hub, pushed):
-    commits = {commit.title: commit.oid for commit in hub.repositories["user/name"].commit_of("v1").history()}
-    assert commits["Upload model"] == pushed.facts["first"] and len(commits) == 2
-    head = hub.repositories["user/name"].commit_of()
-    assert head.oid == pushed.facts["second"] and head.title == "Upload model"
+    second, of_card, first, initial = hub.repositories["user/name"].commit_of().history()
+    assert (first.oid, second.oid) == (pushed.facts["first"], pushed.facts["second"])
+    assert first.title == second.title == "Upload model" != of_card.title
+    assert set(initial.files) == {".gitattributes"}
 
 
 def test_a_named_adapter_is_pushed_to_and_loaded_from_a_subfolder(hub, pushed, loaded):

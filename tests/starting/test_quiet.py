@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from models import (
     DECODER_SIZES,
+    EACH_ENCODER,
     LOUD,
     PAD_TOKEN,
     QUIET_SHARE,
@@ -20,6 +20,7 @@ from models import (
     VOCABULARY,
     adapter_parameters,
     joint_config,
+    latent_model,
     loss_of,
     output_of,
     prefix_layers,
@@ -37,9 +38,6 @@ from peft_prefix_plus import prefix_key_values
 from peft_prefix_plus.starting.quiet import quiet_offset
 
 
-SHARINGS = ("none", "input", "projection", "all")
-ENCODERS = [("none", "none"), *itertools.product(("linear", "mlp"), SHARINGS)]
-EACH_ENCODER = pytest.mark.parametrize(("reparameterization", "sharing"), ENCODERS)
 PROBE_TOKENS = torch.arange(1, 9)[None] * VOCABULARY // 9
 """The tokens by which a start is measured: eight, from all over the vocabulary."""
 
@@ -265,12 +263,6 @@ def test_queries_that_are_not_finite_leave_the_keys_where_they_are():
 # ------------------------------------------------------------------------------------------- what it changes
 
 
-def deepseek() -> Any:
-    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
-    sizes = {**DECODER_SIZES, "num_key_value_heads": 4, "first_k_dense_replace": 3}
-    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **latent))
-
-
 def gptj() -> Any:
     sizes: dict[str, Any] = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, pad_token_id=PAD_TOKEN)
     return transformers.GPTJForCausalLM(transformers.GPTJConfig(vocab_size=VOCABULARY, **sizes))
@@ -283,7 +275,7 @@ def bloom() -> Any:
 
 MODELS: dict[str, tuple[Any, str]] = {
     "llama, grouped heads": (tiny_model, "CAUSAL_LM"),
-    "latent attention": (deepseek, "CAUSAL_LM"),
+    "latent attention": (latent_model, "CAUSAL_LM"),
     "learned positions": (functools.partial(tiny_model, "gpt2"), "CAUSAL_LM"),
     "half rotated": (functools.partial(tiny_model, "gpt_neox"), "CAUSAL_LM"),
     "encoder": (functools.partial(tiny_model, "bert", "TOKEN_CLS"), "TOKEN_CLS"),
