@@ -21,7 +21,8 @@ EXTRA_PACKAGES = ("rich", "tokenizers", "typer")
 """What the extra `cli` installs."""
 
 COMMANDS = {
-    "train": "Teach a frozen language model by a prefix, and save it as an adapter.",
+    "train": "Teach a frozen model by a prefix, and save it as an adapter.",
+    "run": "Run another Python program in which PEFT knows the method.",
     "generate": "Complete prompts with an adapter.",
     "convert": "Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back.",
     "params": "Count the trainable parameters of every reparameterization and sharing; no weights are needed.",
