@@ -49,11 +49,7 @@ def command(
         inherited (`Sequence[type]`): Base classes of theirs whose fields are not to become options.
         has_config_file (`bool`, defaults to `False`): Offer `--config`, a YAML file with values for the options.
     """
-    left_out = {field.name for base in inherited for field in dataclasses.fields(base)}
-    members = {
-        title: [field for field in dataclasses.fields(group) if field.name not in left_out]
-        for title, group in groups.items()
-    }
+    members = {title: _own_fields(group, inherited) for title, group in groups.items()}
     aliases = {
         alias: field.name.replace("_", "-")
         for fields in members.values()
@@ -82,6 +78,12 @@ def command(
         return function
 
     return register
+
+
+def _own_fields(group: type[Any], inherited: Sequence[type[Any]]) -> list[dataclasses.Field[Any]]:
+    bases = [base for base in inherited if issubclass(group, base)]
+    left_out = {field.name for base in bases for field in dataclasses.fields(base)}
+    return [field for field in dataclasses.fields(group) if field.name not in left_out]
 
 
 def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str) -> inspect.Parameter:

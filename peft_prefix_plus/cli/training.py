@@ -132,6 +132,7 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
         gradient_accumulation_steps=settings.gradient_accumulation,
         seed=settings.seed,
         bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # or it takes no bf16 there
         save_strategy="epoch" if keeps_best and not by_steps and settings.save_steps is None else "steps",
         save_steps=save_steps,
         save_total_limit=settings.keep_checkpoints,

@@ -28,13 +28,14 @@ def report(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[Encod
         trainer (`Trainer`): The trainer, when it is done.
         dataset (`Sequence[EncodedRecord]`): What it trained on.
     """
-    table = Table("", "", show_header=False, title="Training")
+    table = Table("", show_header=False, title="Training")
+    table.add_column(overflow="fold")
     for name, text in summary(settings, trainer, dataset).items():
         table.add_row(name, text)
     plot = draw_losses(settings.output, trainer)
     if plot is not None:
         table.add_row("losses", str(plot))
-    Console(soft_wrap=False).print(table)
+    Console().print(table)
 
 
 def summary(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[EncodedRecord]) -> dict[str, str]:
