@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from typer.core import TyperGroup
 
 
-EXTRA_PACKAGES = ("rich", "tokenizers", "typer")
-"""What the extra `cli` installs."""
+EXTRA_PACKAGES = ("rich", "tokenizers", "typer", "yaml")
+"""What the extra `cli` installs that every command needs."""
 
 COMMANDS = {
     "train": "Teach a frozen model by a prefix, and save it as an adapter.",

@@ -91,10 +91,7 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
     allowed = _alternatives(typing.get_type_hints(group)[field.name])
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     name = f"--{field.name.replace('_', '-')}"
-    help_text = " ".join(
-        [field.metadata.get("help", ""), *map("Also --{}.".format, field.metadata.get("aliases", ()))]
-    )
-    settings: dict[str, Any] = {"help": help_text.strip(), "rich_help_panel": title}
+    settings: dict[str, Any] = {"help": field.metadata.get("help"), "rich_help_panel": title}
     annotation: Any = str
     if allowed == {bool}:
         annotation, name = bool, f"{name}/--no-{name.removeprefix('--')}"
@@ -107,7 +104,7 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
     if field.metadata.get("is_argument", False):
         declared: Any = typer.Argument(**{**settings, "rich_help_panel": None})
     else:
-        declared = typer.Option(name, **settings)
+        declared = typer.Option(name, *map("--{}".format, field.metadata.get("aliases", ())), **settings)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
