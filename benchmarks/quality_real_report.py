@@ -105,20 +105,15 @@ def section(result: TaskResult, model: str) -> Section:
 
 
 def plot(path: Path, results: Sequence[TaskResult]) -> None:
-    """Draw the loss and the score of every method on every task, with the spread over the seeds."""
+    """Draw the loss of every method on every task, with the spread over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 5 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), 2, squeeze=False)
-    for (loss_axes, score_axes), result in zip(axes, results, strict=True):
+    figure = Figure(figsize=(6 * len(results), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(results), squeeze=False)[0]
+    for axis, result in zip(axes, results, strict=True):
         ranking = result.ranking()
-        labels = {"loss": "held-out loss", "score": result.score}
-        for axis, name in ((loss_axes, "loss"), (score_axes, "score")):
-            label = f"{labels[name]} (mean and range of the seeds)"
-            draw_ranges(axis, [row.method for row in ranking], [row.values(name) for row in ranking], label)
-            axis.axvline(result.base[name], color="tab:red", linestyle=":", label="base model")
-            axis.set_title(result.task)
-        loss_axes.legend()
+        draw_ranges(axis, [row.method for row in ranking], [row.values("loss") for row in ranking], "held-out loss")
+        axis.set_title(f"{result.task} (base model: {result.base['loss']:.2f})")
     figure.savefig(path, dpi=110)
 
 

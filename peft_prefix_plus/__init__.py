@@ -1,5 +1,8 @@
 """peft-prefix-plus: prefix tuning for PEFT, without its limits. Importing it registers the method PREFIX_PLUS."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .adapters.composition import compose
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
@@ -20,14 +23,24 @@ from .starting.initialization import initialize_from_key_values, initialize_from
 from .training.parameter_groups import prefix_plus_param_groups
 
 
+if TYPE_CHECKING:
+    from .training.distill import distill
+    from .training.distillation import DistillationTrainer
+    from .training.self_study import SelfStudy, Template
+
+
 __all__ = [
     "AttentionResidual",
+    "DistillationTrainer",
     "LayerSuggestion",
     "PrefixPlusConfig",
     "PrefixPlusLayer",
     "PrefixPlusModel",
     "Residual",
+    "SelfStudy",
+    "Template",
     "compose",
+    "distill",
     "example_inputs",
     "flatten",
     "from_cartridge",
@@ -49,3 +62,18 @@ __all__ = [
 __version__ = "0.1.0"
 
 register(PrefixPlusConfig, PrefixPlusModel, {METHOD_NAME: prefix_attention, PROBE_NAME: probe_attention})
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs the Trainer, which takes as long again as the rest, when it is first asked for."""
+    modules = {
+        "distill": "distill",
+        "DistillationTrainer": "distillation",
+        "SelfStudy": "self_study",
+        "Template": "self_study",
+    }
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".training.{modules[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -12,11 +12,13 @@ from typing import Any, Literal, get_args
 
 import regex
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
+from .saving.weights import check_saved_weights, find_weights, naming_file, read_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -27,6 +29,18 @@ Initialization = Literal["random", "zero", "activations"]
 
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 INITIALIZATIONS: tuple[bool | Initialization, ...] = (True, False, *get_args(Initialization))
+
+SERVABLE: dict[str, Any] = {
+    "gating": False,
+    "decoupled": False,
+    "position_free": False,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "target_modules": None,
+    "exclude_modules": None,
+    "modules_to_save": None,
+}
+"""What an adapter must be to stand in vLLM's cache: keys and values at fixed positions, in all layers, and nothing else."""
 
 LARGEST = 2**31 - 1
 """The largest length or width: no tensor can have more."""
@@ -98,7 +112,7 @@ class PrefixPlusConfig(PeftConfig):
             so that it finds the same in a query wherever that stands. `False` puts the prefix at fixed positions before
             the text, where PREFIX_TUNING has it, and a text's own keys and values are. `None` means `True` if all chosen
             attention modules have no such rotation or one that can be undone; what it resolved to is in
-            `model.peft_config`, and saved. Measured, `True` learns far better.
+            `model.resolved_config(adapter_name)`, and saved. Measured, `True` learns far better.
         init_weights (`bool` or `str`, defaults to `True`):
             `True`: a quiet start, beside the base model: random keys that the attention module's own queries pass over, and
             values of zero; with a gate, a closed one over random values. `False` or `"random"`: random keys and values
@@ -325,6 +339,36 @@ class PrefixPlusConfig(PeftConfig):
             )
 
     @classmethod
+    def servable(cls, **fields: Any) -> PrefixPlusConfig:
+        """
+        Make a configuration of what vLLM can serve: a prefix in the softmax, at fixed positions, in all layers.
+
+        Args:
+            fields: The other fields, as in [`PrefixPlusConfig`].
+
+        Raises:
+            ValueError: If a field contradicts that.
+
+        Example:
+
+        ```py
+        >>> from peft_prefix_plus import PrefixPlusConfig
+
+        >>> config = PrefixPlusConfig.servable(task_type="CAUSAL_LM", num_virtual_tokens=32)
+        >>> config.decoupled, config.position_free
+        (False, False)
+
+        ```
+        """
+        for name, value in SERVABLE.items():
+            if name in fields and fields[name] != value:
+                raise ValueError(
+                    f"`{name}` is {shortened(repr(fields[name]))}, and vLLM can serve an adapter only with {name}={value}. Leave it "
+                    "out, or use PrefixPlusConfig(...), whose adapters transformers serves."
+                )
+        return cls(**{**fields, **SERVABLE})
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PrefixPlusConfig:
@@ -335,10 +379,34 @@ class PrefixPlusConfig(PeftConfig):
             pretrained_model_name_or_path (`str`): A directory or a repository on the Hub.
             subfolder (`str`, *optional*): A folder in it.
             kwargs: As in [`PeftConfig.from_pretrained`].
+
+        Raises:
+            ValueError: If there is no configuration, it is broken, or the weights beside it were saved with another one.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        source = pretrained_model_name_or_path
+        with naming_file(os.path.join(source, subfolder or "", CONFIG_NAME)):
+            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        hub_kwargs, *_ = cls._split_kwargs(kwargs)
+        weights = find_weights(source, subfolder, **hub_kwargs)
+        if weights is not None and isinstance(config, PrefixPlusConfig):
+            check_saved_weights(read_weights(weights), config.to_dict())
         config.awaits_weights = True
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """
+        Load the fields of a configuration from a JSON file.
+
+        Raises:
+            ValueError: If the file has something else.
+        """
+        fields: Any = super().from_json_file(path_json_file, **kwargs)
+        if not isinstance(fields, dict):
+            raise ValueError(  # noqa: TRY004
+                f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}."
+            )
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """

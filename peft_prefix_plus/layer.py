@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -286,14 +286,18 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         return adapter_name not in self.prefix_plus_gate and not self.is_decoupled[adapter_name]
 
     @contextmanager
-    def hiding(self, adapter_name: str) -> Iterator[None]:
-        """Leave an adapter out of those that are active here, and change nothing else (`set_adapter` would)."""
+    def activating(self, adapter_names: list[str]) -> Iterator[None]:
+        """Let these adapters be the active ones here, and change nothing else (`set_adapter` would)."""
         active = self._active_adapter
         try:
-            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+            self._active_adapter = adapter_names
             yield
         finally:
             self._active_adapter = active
+
+    def hiding(self, adapter_name: str) -> AbstractContextManager[None]:
+        """Leave an adapter out of those that are active here, and change nothing else."""
+        return self.activating([name for name in self.active_adapters if name != adapter_name])
 
     def _adapters_in_use(self) -> list[str]:
         """The names that count for the next forward: the rows' own, or else the active ones."""

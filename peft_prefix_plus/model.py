@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +17,18 @@ from torch import nn
 from .adapters.checkpoints import CONTAINERS, check_adapter_name, check_checkpoint, loadable_keys
 from .adapters.composition import check_combination, combined_config, combined_prefixes
 from .adapters.lookup import layers_with_adapter, prefix_layers
-from .adapters.other_methods import keeping_others_modules, leave_modules_to_others, require_free_name
+from .adapters.operations import act_as_a_whole
+from .adapters.other_methods import (
+    keeping_others_modules,
+    leave_modules_to_others,
+    require_free_name,
+    require_unwrapped,
+)
+from .adapters.references import ModelReference
 from .adapters.rows import pass_rows, stop_passing_rows
 from .adapters.running import keeping_prefixes, naming_rows
 from .adapters.shared import PrefixPlusModule, remove_shared_parts, shared_parts
-from .adapters.snapshot import Snapshot
+from .adapters.snapshot import all_or_nothing, what_switching_changes
 from .attention import attention_family, model_config
 from .config import PrefixPlusConfig
 from .encoders import ENCODERS, SHARED_PARTS
@@ -29,7 +36,6 @@ from .layer import PrefixPlusLayer, attach, detach
 from .probing.modules import calls_attention_interface
 from .probing.targets import Selection, resolve_position_free, select_modules, select_saved_modules, warn_of_impossible
 from .registration import METHOD_NAME, PREFIX_PLUS
-from .saving.files import complete_model_cards
 from .starting.fitting import fit, repeated
 from .starting.quiet import start_quietly
 
@@ -76,16 +82,31 @@ class PrefixPlusModel(BaseTuner):
     tuner_layer_cls = PrefixPlusModule
     target_module_mapping: dict[str, list[str]] = {}
 
-    # Set while an adapter is being injected.
+    # Set while an adapter is being injected: its modules, and its configuration with what `position_free` resolved to.
     _selection: Selection | None = None
+    _resolved: PrefixPlusConfig | None = None
+
+    # The `PeftModel` around this tuner, if there is one.
+    _wrapper = ModelReference(None)
 
     # ------------------------------------------------------------------------------------------------ building
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        require_unwrapped(model, config)
         require_free_name(model, adapter_name)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        # A tuner of another method shares this dict through the model, and takes it from there when it is unloaded.
-        self.peft_config = self.peft_config
+        with all_or_nothing(model, config) as before:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            # A tuner of another method shares this dict through the model, and takes it from there when it is unloaded.
+            self.peft_config = self.peft_config
+        # The model before an adapter that waits for its weights, to go back to if they do not fit.
+        self.before_loading = {adapter_name: before} if config.awaits_weights else {}
+
+    def wrapped_by(self, parent: nn.Module) -> None:
+        """Take note of a module that this tuner becomes a child of."""
+        if isinstance(parent, PeftModel):
+            self._wrapper = ModelReference(parent)
+            act_as_a_whole(parent)
 
     def inject_adapter(
         self,
@@ -106,14 +127,13 @@ class PrefixPlusModel(BaseTuner):
             state_dict (`dict[str, torch.Tensor]`, *optional*): Choose modules by a checkpoint's keys.
         """
         config: Any = self.peft_config[adapter_name]
-        target_modules, position_free = config.target_modules, config.position_free
-        snapshot = Snapshot(model)
-        try:
+        target_modules = config.target_modules
+        with all_or_nothing(self):
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
                 self._selection = select_saved_modules(model, config, state_dict)
-            config.position_free = resolve_position_free(model, config, self._selection)
+            self._resolved = replace(config, position_free=resolve_position_free(model, config, self._selection))
             for name in self._selection.modules:
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):
@@ -121,6 +141,7 @@ class PrefixPlusModel(BaseTuner):
             remove_shared_parts(model, adapter_name)  # those of an adapter that this one replaces
             with keeping_others_modules(model, self._adapter_names()):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
             if adapter_name in self.active_adapters:
                 # PEFT leaves its copy of a module inactive where an adapter of another method has one too
                 self.set_adapter(self.active_adapter, inference_mode=config.inference_mode)
@@ -128,24 +149,17 @@ class PrefixPlusModel(BaseTuner):
             self._start_as_measured(model, adapter_name)
             if not config.awaits_weights:
                 warn_of_impossible(model, self._selection)
-        except BaseException:
-            config.position_free = position_free
-            self._undo_adding(model, adapter_name, snapshot)
-            raise
-        finally:
-            self._selection = None
-            config.target_modules = target_modules  # PEFT shortens a long list of names to a set
-        if config.awaits_weights:
-            self._before_loading[adapter_name] = snapshot
+            self._selection = self._resolved = None
 
     def _start_as_measured(self, model: nn.Module, adapter_name: str) -> None:
         """Let the prefix start where the base model's own queries, or keys and values, tell it to."""
-        config: Any = self.peft_config[adapter_name]
-        assert self._selection is not None
+        given: Any = self.peft_config[adapter_name]
+        config = self._resolved
+        assert self._selection is not None and config is not None
         geometries = self._selection.modules
         is_quiet = config.init_weights is True and not config.gating and not config.decoupled
         if any(geometry.key.is_meta for geometry in geometries.values()):
-            if not config.awaits_weights and (
+            if not given.awaits_weights and (
                 config.prefix_scaling is None or is_quiet or config.init_weights == "activations"
             ):
                 warnings.warn(
@@ -174,16 +188,6 @@ class PrefixPlusModel(BaseTuner):
             },
         )
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        # The model before the adapters whose weights are being loaded, to go back to if they do not fit.
-        self._before_loading: dict[str, Snapshot] = {}
-
-    def _undo_adding(self, model: nn.Module, adapter_name: str, snapshot: Snapshot) -> None:
-        """Leave the model as it was before the adapter was added."""
-        self.peft_config.pop(adapter_name, None)
-        _remove_adapter(model, adapter_name)
-        snapshot.restore(model, adapter_name)
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # `target_modules=None` stays None, so that a saved adapter finds its modules by itself
 
@@ -207,18 +211,35 @@ class PrefixPlusModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert self._selection is not None
+        assert self._selection is not None and self._resolved is not None
         geometry = self._selection.modules[current_key]
         # made only now: PEFT takes a model that has a tuner layer at the start for one that it has frozen already
         shares = ENCODERS[peft_config.reparameterization].shares_parts and bool(SHARED_PARTS[peft_config.sharing])
         shared = shared_parts(self.model, adapter_name) if shares else nn.ModuleDict({})
-        attach(target, self.peft_config).update_layer(adapter_name, peft_config, geometry, shared)
+        attach(target, self.peft_config).update_layer(adapter_name, self._resolved, geometry, shared)
 
     # ------------------------------------------------------------------------------------------------ adapters
 
     def prefix_layers(self) -> Iterator[tuple[str, PrefixPlusLayer]]:
         """Yield the name of every attention module that carries a prefix, and its [`PrefixPlusLayer`]."""
         return prefix_layers(self.model)
+
+    def resolved_config(self, adapter_name: str = "default") -> PrefixPlusConfig:
+        """
+        Return an adapter's configuration as it is saved: `position_free` is what it resolved to on this model.
+
+        Args:
+            adapter_name (`str`, defaults to `"default"`): The adapter.
+
+        Returns:
+            `PrefixPlusConfig`: A copy. The one in `peft_config` is the one that the adapter was made from.
+
+        Raises:
+            ValueError: If there is no PREFIX_PLUS adapter of that name.
+        """
+        _, layer = layers_with_adapter(self.model, adapter_name)[0]
+        config: Any = self.peft_config[adapter_name]
+        return replace(config, position_free=layer.is_position_free[adapter_name])
 
     def _adapter_names(self) -> list[str]:
         """The names of the adapters of this method; `peft_config` also has those of other methods on the model."""
@@ -250,7 +271,8 @@ class PrefixPlusModel(BaseTuner):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_adapters(names)
-        with keeping_others_modules(self.model, self._adapter_names()):
+        switched = what_switching_changes(self)
+        with all_or_nothing(self, modules=switched), keeping_others_modules(self.model, self._adapter_names()):
             if names:
                 super().set_adapter(adapter_name, inference_mode=inference_mode)
                 return
@@ -270,28 +292,38 @@ class PrefixPlusModel(BaseTuner):
             ValueError: If there is no PREFIX_PLUS adapter of that name.
         """
         self._check_adapters([adapter_name])
-        del self.peft_config[adapter_name]
-        self._before_loading.pop(adapter_name, None)
-        active = [name for name in self.active_adapters if name != adapter_name]
-        was_active = adapter_name in self.active_adapters
-        if was_active and not active and self._adapter_names():
-            active = self._adapter_names()[:1]
-            warnings.warn(
-                f"Adapter {adapter_name} was active and is now deleted. The active adapter is now {active[0]}.",
-                stacklevel=2,
-            )
-        _remove_adapter(self.model, adapter_name)
-        with keeping_others_modules(self.model, [adapter_name, *self._adapter_names()]):
-            for module in self.model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    # PEFT refuses several adapters here, of which a module has one at most
-                    own = [name for name in active if name in module._adapters]
-                    module.delete_adapter(adapter_name, new_active_adapters=own)
-        if was_active and active:
-            self.set_adapter(active)
-        elif was_active:
-            self.active_adapter = []
-        self._name_another_active(adapter_name)
+        with all_or_nothing(self):
+            del self.peft_config[adapter_name]
+            active = [name for name in self.active_adapters if name != adapter_name]
+            was_active = adapter_name in self.active_adapters
+            if was_active and not active and self._adapter_names():
+                active = self._adapter_names()[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active and is now deleted. The active adapter is now {active[0]}.",
+                    stacklevel=2,
+                )
+            _remove_adapter(self.model, adapter_name)
+            with keeping_others_modules(self.model, [adapter_name, *self._adapter_names()]):
+                for module in self.model.modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        # PEFT refuses several adapters here, of which a module has one at most
+                        own = [name for name in active if name in module._adapters]
+                        module.delete_adapter(adapter_name, new_active_adapters=own)
+            if was_active and active:
+                self.set_adapter(active)
+            elif was_active:
+                self.active_adapter = []
+            # A `PeftModel` names one adapter and looks its configuration up in each call. PEFT gives it another name only where
+            # exactly one is active afterwards.
+            wrapper = self._wrapper()
+            remaining = [*active, *self._adapter_names(), *self.peft_config]
+            if (
+                wrapper is not None
+                and wrapper.base_model is self
+                and wrapper.active_adapter == adapter_name
+                and remaining
+            ):
+                wrapper.active_adapter = remaining[0]
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
@@ -312,33 +344,22 @@ class PrefixPlusModel(BaseTuner):
                 one (see [`compose`]). The model is then as it was.
         """
         self._check_adapters(adapters)
-        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        configs = {name: self.resolved_config(name) for name in adapters}
+        check_combination({**self.peft_config, **configs}, adapters, weights, adapter_name, combination_type)
         prefixes, gates = combined_prefixes(self.model, adapters, weights, combination_type)
         num_tokens = next(iter(prefixes.values()))[0].shape[1]
-        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], num_tokens)
-        self.inject_adapter(self.model, adapter_name)
-        try:
+        with all_or_nothing(self):
+            self.peft_config[adapter_name] = combined_config(list(configs.values()), num_tokens)
+            self.inject_adapter(self.model, adapter_name)
             layers = dict(layers_with_adapter(self.model, adapter_name))
             fit({name: layer.encoder(adapter_name) for name, layer in layers.items()}, prefixes)
             with torch.no_grad():
                 for name, gate in gates.items():
                     layers[name].prefix_plus_gate[adapter_name].copy_(gate)
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
 
-    def _name_another_active(self, deleted: str) -> None:
-        """
-        Let the `PeftModel` around this tuner name another active adapter than a deleted one.
-
-        It keeps one name and looks its configuration up in each call. PEFT gives it a new one only where exactly one adapter
-        is active afterwards, and it does not make itself known to the tuner.
-        """
-        names = [*self.active_adapters, *self._adapter_names(), *self.peft_config]
-        for each in gc.get_objects():
-            is_around = issubclass(type(each), PeftModel) and vars(each).get("_modules", {}).get("base_model") is self
-            if is_around and each.active_adapter == deleted and names:
-                each.active_adapter = names[0]
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with all_or_nothing(self, modules=what_switching_changes(self)):
+            super()._enable_adapter_layers(enabled)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -348,6 +369,8 @@ class PrefixPlusModel(BaseTuner):
         Raises:
             ValueError: If the model is in training mode, or there is no adapter of a name.
         """
+        if self.before_loading:
+            self.before_loading.clear()  # what is used is not to be taken away any more
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -432,12 +455,6 @@ class PrefixPlusModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        if isinstance(model, PeftModel):
-            complete_model_cards(model)
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -445,23 +462,12 @@ class PrefixPlusModel(BaseTuner):
         Give a checkpoint's tensors the names and dtypes that they have in the model.
 
         Raises:
-            ValueError: If the checkpoint does not fit the adapter. Nothing is loaded then, and an adapter that was
-                only just added to receive it is taken away again.
+            ValueError: If the checkpoint does not fit the adapter. Nothing is loaded then.
         """
-        if isinstance(model, PeftModel):
-            complete_model_cards(model)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        tuner = getattr(model, "base_model", None)
-        before = tuner._before_loading.pop(adapter_name, None) if isinstance(tuner, cls) else None
         config.awaits_weights = False
         expected = model.state_dict()
-        try:
-            check_checkpoint(expected, adapter_name, state_dict, loadable_keys(model, adapter_name))
-        except ValueError:
-            if before is not None:
-                assert isinstance(tuner, cls)
-                tuner._undo_adding(tuner.model, adapter_name, before)
-            raise
+        check_checkpoint(expected, adapter_name, state_dict, loadable_keys(model, adapter_name))
         # Loading with `low_cpu_mem_usage` takes the tensors themselves: they must have the right dtype, and memory of
         # their own, for in that of the file their alignment is any, and with it the rounding of products.
         return {

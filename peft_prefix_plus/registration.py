@@ -15,6 +15,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.utils import register_peft_method
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 
@@ -52,7 +55,8 @@ PREFIX_PLUS = _add_peft_type(METHOD_NAME.upper())
 
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner], attention_functions: dict[str, Any]) -> None:
     """
-    Register the method with PEFT, and its attention functions with transformers.
+    Register the method with PEFT, its attention functions with transformers, and a hook with torch that says when a module
+    becomes another's child.
 
     Args:
         config_cls: The configuration class.
@@ -64,3 +68,20 @@ def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner], attention
     register_peft_method(name=METHOD_NAME, config_cls=config_cls, model_cls=model_cls)
     for name, function in attention_functions.items():
         AttentionInterface.register(name, function)
+    _tell_of_wrappers(model_cls)
+
+
+_hook: RemovableHandle | None = None
+
+
+def _tell_of_wrappers(model_cls: Any) -> None:
+    """Let a tuner know the `PeftModel` that it becomes the `base_model` of: PEFT makes the tuner first, and then tells it nothing."""
+    global _hook
+    if _hook is not None:
+        _hook.remove()
+
+    def tell(parent: nn.Module, name: str, child: Any) -> None:
+        if isinstance(child, model_cls):
+            child.wrapped_by(parent)
+
+    _hook = register_module_module_registration_hook(tell)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layer import PrefixPlusLayer
 from ..registration import METHOD_NAME
+from ..saving.weights import ADVICE
 from .shared import SharedParts
 
 
@@ -60,27 +61,23 @@ def check_checkpoint(
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, with the model's keys.
         loadable (`Collection[str]`): The model's keys that it may have.
     """
-    advice = (
-        "The adapter was saved from another base model or with other settings. Load it into the model that its "
-        "`base_model_name_or_path` names, with the `adapter_config.json` that it was saved with."
-    )
     for key in sorted(adapter_keys(expected, adapter_name)):
         if key not in state_dict:
             raise ValueError(
                 f"The checkpoint does not fit adapter {adapter_name!r}: it has no tensor for {key}, of shape "
-                f"{tuple(expected[key].shape)}. {advice}"
+                f"{tuple(expected[key].shape)}. {ADVICE}"
             )
     for key, tensor in state_dict.items():
         model_key = key if key in expected else key.removeprefix("base_model.model.")
         if model_key not in expected:
             raise ValueError(
                 f"The checkpoint does not fit adapter {adapter_name!r}: it has a tensor {key}, of shape "
-                f"{tuple(tensor.shape)}, and the model has none of that name. {advice}"
+                f"{tuple(tensor.shape)}, and the model has none of that name. {ADVICE}"
             )
         if tensor.shape != expected[model_key].shape:
             raise ValueError(
                 f"The checkpoint does not fit adapter {adapter_name!r}: {key} has shape {tuple(tensor.shape)} in it "
-                f"and {tuple(expected[model_key].shape)} in the model. {advice}"
+                f"and {tuple(expected[model_key].shape)} in the model. {ADVICE}"
             )
         if model_key not in loadable:
             raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -25,6 +26,17 @@ def require_free_name(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"The model has an adapter named {adapter_name!r} already, of {other.peft_type.value}. Give the new one a name "
             "of its own, for instance get_peft_model(model, config, adapter_name='prefix')."
+        )
+
+
+def require_unwrapped(model: nn.Module, config: Any) -> None:
+    """Raise if a further adapter is to be loaded by a wrapper around the wrapper of the first: its modules have other names there."""
+    has_prefix = isinstance(model, PeftModel) and model.peft_type == PREFIX_PLUS
+    if has_prefix and config.awaits_weights:
+        raise ValueError(
+            "The model is a PeftModel with PREFIX_PLUS adapters already. Load a further adapter into it by "
+            "model.load_adapter(directory, adapter_name='other'), or give PeftModel.from_pretrained the base model, "
+            "model.unload()."
         )
 
 

@@ -82,7 +82,7 @@ def _followed_class(module_class: Any, child: str) -> Any:
     attributes = {
         **names,
         "_followed": module_class,
-        "_prefix_child": child,
+        "prefix_child": child,
         "forward": forward,
         "__reduce_ex__": reduce,
     }
@@ -111,7 +111,7 @@ def attend_inline(
     Raises:
         RuntimeError: If the module computes attention in another way than when the adapter was added.
     """
-    holder: PrefixHolder | None = module._modules.get(type(module)._prefix_child)
+    holder: PrefixHolder | None = module._modules.get(type(module).prefix_child)
     if holder is None or not holder.has_prefix():
         return forward(module, *args, **kwargs)
     mode = InlineAttention(module, holder.forward, observe)

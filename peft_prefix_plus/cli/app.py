@@ -11,7 +11,7 @@ import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
-from . import conversion, generation, inspection, parameters, training
+from . import conversion, distillation, generation, inspection, parameters, serving, training
 from .demo import DemoSettings, run_demo
 from .options import PlainCommand, command
 from .running import run_program
@@ -32,10 +32,27 @@ def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None
     print(f"The adapter is in {settings.output}.")
 
 
+@command(
+    app,
+    {"Distillation": distillation.DistillationSettings, "Prefix": distillation.DocumentPrefixConfig},
+    inherited=[PeftConfig],
+)
+def distill(settings: distillation.DistillationSettings, config: distillation.DocumentPrefixConfig) -> None:
+    """Teach a prefix what a document in the context does, and save it as an adapter."""
+    distillation.distill_document(settings, config)
+    print(f"The adapter is in {settings.output}.")
+
+
 @command(app, {"Options": generation.GenerationSettings})
 def generate(settings: generation.GenerationSettings) -> None:
     """Complete prompts with an adapter."""
     generation.generate(settings)
+
+
+@command(app, {"Options": serving.ServingSettings})
+def serve(settings: serving.ServingSettings) -> None:
+    """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
+    serving.serve(settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})

@@ -40,18 +40,16 @@ MAX_NEW_TOKENS = 40
 PRETRAINING_STEPS = 3000
 
 
-LEARNING_RATE = 5e-3
-
-
 class Plan(NamedTuple):
     """How much a prefix is trained on a base model."""
 
     steps: int
     batch_size: int
+    learning_rate: float
 
 
-PLAN_OF_SMALL_MODEL = Plan(steps=600, batch_size=16)
-PLAN_OF_REAL_MODEL = Plan(steps=120, batch_size=8)
+PLAN_OF_SMALL_MODEL = Plan(steps=600, batch_size=16, learning_rate=5e-3)
+PLAN_OF_REAL_MODEL = Plan(steps=120, batch_size=8, learning_rate=2e-3)
 
 
 @dataclass(kw_only=True)
@@ -216,7 +214,7 @@ def training_settings(settings: DemoSettings, adapter: Path) -> TrainingSettings
         overwrite=True,
         max_steps=steps,
         batch_size=plan.batch_size,
-        learning_rate=LEARNING_RATE,
+        learning_rate=plan.learning_rate,
         warmup_steps=steps // 20,
         schedule="cosine",
         dtype=settings.dtype,

@@ -14,10 +14,11 @@ from rich.table import Table
 from ..adapters.lookup import layers_with_adapter
 from ..insight.attention_mass import prefix_attention_mass
 from ..insight.plots import plot_attention_mass, plot_prefix_norms, plot_training_curve, require_matplotlib
+from ..training.checkpoints import checkpoints
 from .errors import CommandError, check_numbers, shown_as_command_error
 from .loading import check_dtype, load_adapted_model, load_config, load_without_base_weights
 from .records import Collator, padding_id, read_records
-from .training import checkpoints, encode_all
+from .training import encode_all
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """Command-line options made from the fields of dataclasses, so that no option is written down a second time.
 
 A field's name, type, default and `metadata["help"]` become an option's; with `metadata["is_argument"]`, those of an argument,
-which is given without its name; `metadata["aliases"]` are other names that it answers to. The command then gets one instance
-per dataclass.
+which is given without its name; `metadata["aliases"]` are other names that it answers to. With `metadata["is_repeatable"]`, a
+list's items are given one by one. The command then gets one instance per dataclass.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
     name = f"--{field.name.replace('_', '-')}"
     settings: dict[str, Any] = {"help": field.metadata.get("help"), "rich_help_panel": title}
     annotation: Any = str
-    if allowed == {bool}:
+    if field.metadata.get("is_repeatable", False):
+        (annotation,) = allowed
+        default = []
+    elif allowed == {bool}:
         annotation, name = bool, f"{name}/--no-{name.removeprefix('--')}"
     elif len(allowed) == 1 and allowed <= {int, float, str, Path}:
         (annotation,) = allowed

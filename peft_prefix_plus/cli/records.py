@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import CommandError
+from ..training.self_study import Template
+from .errors import CommandError, shown_as_command_error
 from .rows import Row, read_rows, shorten
 
 
@@ -96,6 +97,45 @@ def read_prompts(path: Path) -> list[str]:
         CommandError: If the file cannot be read, is empty, or has a row of another form.
     """
     return [_string(row, "prompt") for row in read_rows(path)]
+
+
+def read_conversations(path: Path) -> list[str | tuple[str, str]]:
+    """
+    Read the string "prompt" of every line of a JSON-lines file, with the string "completion" of those that have one.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        CommandError: If the file cannot be read, is empty, or has a line of another form.
+    """
+    return [_as_conversation(row) for row in read_rows(path)]
+
+
+def _as_conversation(row: Row) -> str | tuple[str, str]:
+    names = ("prompt", "completion") if "completion" in row.fields else ("prompt",)
+    texts = [_string(row, name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise CommandError(f"{row.place}: the {name} is empty.")
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def read_templates(path: Path) -> list[Template]:
+    """
+    Read the templates of self-study from a JSON-lines file: the strings "kind" and "prompt", and true or false as "asks" and "recites".
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        CommandError: If the file cannot be read, is empty, or has a line of another form.
+    """
+    templates = []
+    for row in read_rows(path):
+        with shown_as_command_error(ValueError, TypeError, while_doing=row.place):
+            templates.append(Template(**row.fields))
+    return templates
 
 
 def as_record(row: Row, task_type: str = "CAUSAL_LM") -> Record | Chat | LabelledText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -24,7 +25,9 @@ from transformers import (
     set_seed,
 )
 
-from ..config import PrefixPlusConfig
+from ..config import SERVABLE, PrefixPlusConfig
+from ..serving.folding import why_not_served
+from ..training.checkpoints import checkpoints
 from .chat import encode_chat
 from .errors import CommandError, shown_as_command_error
 from .loading import load_model, load_tokenizer, num_positions
@@ -43,7 +46,6 @@ from .rows import has_one_split
 from .training_output import (
     OptionsInCheckpoints,
     check_same_options,
-    checkpoints,
     lasting_options,
     made_directory,
     prepare_output,
@@ -53,7 +55,7 @@ from .training_report import report
 from .training_settings import TrainingSettings
 
 
-__all__ = ["TrainingSettings", "checkpoints", "encode_all", "train"]
+__all__ = ["TrainingSettings", "encode_all", "train"]
 
 
 def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
@@ -71,6 +73,8 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
         CommandError: If the data, the output directory or a name is not as it must be. Nothing has been written then.
     """
     config.task_type = settings.task_type
+    if settings.servable:
+        config = dataclasses.replace(config, **SERVABLE)
     checkpoint = prepare_output(settings, config)
     records, eval_records = read_training_data(settings)
     classes = class_names(records, eval_records) if settings.task_type == "SEQ_CLS" else []
@@ -104,6 +108,8 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
             for leftover in checkpoints(settings.output):
                 shutil.rmtree(leftover)
         model.print_trainable_parameters()
+        obstacle = why_not_served(base_model.config, config)
+        print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
         save_adapter(model, tokenizer, settings.output)

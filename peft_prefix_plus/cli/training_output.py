@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
 from ..saving.files import update_model_card, write_atomically
+from ..saving.together import saving_together
+from ..training.checkpoints import checkpoints
 from .errors import CommandError, shown_as_command_error
 from .loading import load_adapter_config
 from .training_settings import TrainingSettings
@@ -41,7 +41,7 @@ def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path
     if output.exists() and not output.is_dir():
         raise CommandError(f"--output must be a directory, {output} is a file.")
     is_used = output.is_dir() and any(output.iterdir())
-    complete = checkpoints(output, complete_only=True)
+    complete = [path for path in checkpoints(output, complete_only=True) if _has_options(path)]
     if not is_used or settings.overwrite:
         return None
     if not settings.resume:
@@ -72,19 +72,9 @@ def made_directory(directory: Path) -> Iterator[None]:
         raise
 
 
-def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
-    """Return the checkpoints in a directory, oldest first. One is complete if its last file was written."""
-    numbered = {}
-    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if number.isdigit() and path.is_dir() and (not complete_only or _is_complete(path)):
-            numbered[int(number)] = path
-    return [numbered[number] for number in sorted(numbered)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
+def _has_options(checkpoint: Path) -> bool:
+    """Tell whether the last file of a checkpoint was written."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         return isinstance(json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
@@ -159,15 +149,13 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) ->
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Save the adapter, its card and the tokenizer, each file so that a crash leaves the old or the new one."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".saving-") as directory:
+    """Save the adapter, its card and the tokenizer, all files together."""
+    with saving_together(output) as folder:
         if (output / "README.md").exists():
-            shutil.copy(output / "README.md", directory)  # PEFT updates the card that it finds
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+            shutil.copy(output / "README.md", folder)  # PEFT updates the card that it finds
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         if model.peft_config["default"].task_type == "SEQ_CLS":
             config: Any = model.get_base_model().config
-            config.save_pretrained(directory)  # the names of the classes
-        for path in Path(directory).iterdir():
-            os.replace(path, output / path.name)
-    update_model_card(str(output))  # the card was made under the temporary directory's name
+            config.save_pretrained(folder)  # the names of the classes
+    update_model_card(str(output))  # of all adapters that lie there

@@ -91,6 +91,9 @@ class TrainingSettings:
         may_change=True,
     )
     gradient_accumulation: int = option(1, "Batches per optimizer step.", "gradient-accumulation-steps")
+    servable: bool = option(
+        False, "Choose the form that vLLM serves: in the softmax, at fixed positions, in all layers."
+    )
     seed: int = option(0, "For the adapter's start, the order of the data and dropout.")
 
     eval_strategy: Literal["epoch", "steps"] | None = option(

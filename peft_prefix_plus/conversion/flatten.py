@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters.lookup import layers_with_adapter
 from ..adapters.shared import remove_shared_parts
+from ..adapters.snapshot import all_or_nothing
 from ..encoders import DirectEncoder
 
 
@@ -64,12 +65,13 @@ def flatten(model: nn.Module, adapter_name: str = "default") -> None:
         ValueError: If the model has no such adapter.
     """
     prefixes = prefix_key_values(model, adapter_name)
-    for name, layer in layers_with_adapter(model, adapter_name):
-        key, value = prefixes[name]
-        requires_grad = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
-        layer.replace_encoder(adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad))
-    remove_shared_parts(model, adapter_name)
-    configs: Any = model.peft_config
-    configs[adapter_name] = replace(
-        configs[adapter_name], reparameterization="none", encoder_hidden_size=None, prefix_scaling=1.0
-    )
+    with all_or_nothing(model, adapter_name=adapter_name):
+        for name, layer in layers_with_adapter(model, adapter_name):
+            key, value = prefixes[name]
+            requires_grad = any(parameter.requires_grad for parameter in layer.adapter_parameters(adapter_name))
+            layer.replace_encoder(adapter_name, DirectEncoder.holding(key, value).requires_grad_(requires_grad))
+        remove_shared_parts(model, adapter_name)
+        configs: Any = model.peft_config
+        configs[adapter_name] = replace(
+            configs[adapter_name], reparameterization="none", encoder_hidden_size=None, prefix_scaling=1.0
+        )

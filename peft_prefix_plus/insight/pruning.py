@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters.lookup import base_of, layers_with_adapter
 from ..adapters.shared import shared_parts
+from ..adapters.snapshot import all_or_nothing
 from ..config import PrefixPlusConfig
 from ..layer import PrefixPlusLayer, detach
 from ..probing.recording import evaluating
@@ -185,22 +186,23 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
             f"are left: it would choose {differing[0]} too, which has no prefix of the adapter now. Keep other layers, or "
             "make an adapter with these."
         )
-    gone = [layer for name, layer in found.items() if name not in kept]
-    orphans: set[str] = set()
-    for layer in gone:
-        orphans.update(layer.encoder(adapter_name).shared_parts_made())
-        for parameter in layer.adapter_parameters(adapter_name):
-            parameter.grad = None
-        layer.remove_adapter(adapter_name)
-        if not layer.prefix_plus_encoder:
-            detach(layer.attention)
-    for name in kept:
-        encoder = found[name].encoder(adapter_name)
-        encoder.take_over(orphans)
-        orphans.difference_update(encoder.shared_parts_made())
-    for name in orphans:  # of a shape that no layer has any more
-        del shared_parts(base, adapter_name)[name]
-    configs[adapter_name] = pruned
+    with all_or_nothing(model, adapter_name=adapter_name):
+        gone = [layer for name, layer in found.items() if name not in kept]
+        orphans: set[str] = set()
+        for layer in gone:
+            orphans.update(layer.encoder(adapter_name).shared_parts_made())
+            for parameter in layer.adapter_parameters(adapter_name):
+                parameter.grad = None
+            layer.remove_adapter(adapter_name)
+            if not layer.prefix_plus_encoder:
+                detach(layer.attention)
+        for name in kept:
+            encoder = found[name].encoder(adapter_name)
+            encoder.take_over(orphans)
+            orphans.difference_update(encoder.shared_parts_made())
+        for name in orphans:  # of a shape that no layer has any more
+            del shared_parts(base, adapter_name)[name]
+        configs[adapter_name] = pruned
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

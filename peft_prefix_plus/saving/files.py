@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
@@ -19,6 +20,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from ..registration import PREFIX_PLUS
 from .model_card import SavedAdapter, how_to_use, is_hub_id, update_metadata, with_section
+from .weights import UNFINISHED
 
 
 CARD_NAME = "README.md"
@@ -81,48 +83,33 @@ def update_model_card(directory: str, repo_id: str | None = None, any_library: b
     if card is None or not adapters or not (any_library or card.data.library_name == "peft"):
         return
     update_metadata(card.data, adapters[0])
-    card.text = with_section(card.text, how_to_use(adapters, repo_id, os.path.basename(os.path.abspath(directory))))
+    parent, name = os.path.split(os.path.abspath(directory))
+    name = os.path.basename(parent) if name.startswith(UNFINISHED) else name  # which the card is about to be moved to
+    card.text = with_section(card.text, how_to_use(adapters, repo_id, name))
     write_atomically(os.path.join(directory, CARD_NAME), str(card))
 
 
-def complete_model_cards(model: Any) -> None:
+def write_model_card(write: Callable[[str], None], directory: str, repo_id: str | None, has_prefix: bool) -> None:
     """
-    Let a model with a PREFIX_PLUS adapter complete the cards that are written for it; no other model is touched.
-
-    Saving reaches the card through the configuration. But `push_to_hub` replaces the saved card by the one of the
-    repository or by transformers' template, and `Trainer.create_model_card` by its own. These two methods of the model
-    are the last to see those.
+    Write a model's card, complete it, and never leave half of one.
 
     Args:
-        model (`PeftModel`): The model.
+        write (`Callable`): Writes PEFT's card in a directory, over the one that is there.
+        directory (`str`): The directory of the card.
+        repo_id (`str`, *optional*): The repository that the directory goes to; `None` if it is not known.
+        has_prefix (`bool`): Whether the model has a PREFIX_PLUS adapter. Another model's card is left as PEFT writes it.
     """
-    model.create_or_update_model_card = _CardWriter(model)
-    model._upload_modified_files = _Uploader(model)
-
-
-@dataclass
-class _CardWriter:
-    """A model's `create_or_update_model_card`, which completes the card that PEFT writes."""
-
-    model: Any
-
-    def __call__(self, output_dir: str, repo_id: str | None = None) -> None:
-        previous = _load_metadata(output_dir)
-        type(self.model).create_or_update_model_card(self.model, output_dir)
-        if any(config.peft_type == PREFIX_PLUS for config in self.model.peft_config.values()):
-            _restore_metadata(output_dir, previous)
-            update_model_card(output_dir, repo_id)
-
-
-@dataclass
-class _Uploader:
-    """A model's `_upload_modified_files`, which completes the card that `push_to_hub` has put in the directory."""
-
-    model: Any
-
-    def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        _CardWriter(self.model)(working_dir, repo_id)
-        return type(self.model)._upload_modified_files(self.model, working_dir, repo_id, *args, **kwargs)
+    previous = _load_metadata(directory)
+    card = os.path.join(directory, CARD_NAME)
+    with tempfile.TemporaryDirectory() as folder:
+        if os.path.exists(card):
+            shutil.copy(card, folder)
+        write(folder)
+        with open(os.path.join(folder, CARD_NAME), encoding="utf-8", newline="") as written:
+            write_atomically(card, written.read())
+    if has_prefix:
+        _restore_metadata(directory, previous)
+        update_model_card(directory, repo_id)
 
 
 # ---------------------------------------------------------------------------------------------------- what is there
@@ -130,7 +117,9 @@ class _Uploader:
 
 def _saved_adapters(directory: str) -> Iterator[SavedAdapter]:
     """Yield the PREFIX_PLUS adapters of a directory; a folder with a card of its own (a checkpoint) is not part of it."""
-    folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    folders = sorted(
+        entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(UNFINISHED)
+    )
     for subfolder in [None, *folders]:
         path = os.path.join(directory, subfolder or "")
         if subfolder is not None and os.path.exists(os.path.join(path, CARD_NAME)):

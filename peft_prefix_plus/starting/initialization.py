@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.lookup import base_of, layers_with_adapter
+from ..adapters.snapshot import all_or_nothing
 from ..layer import PrefixPlusLayer
 from .compaction import AttentionResidual, Reading, compact, matching_error
 from .fitting import KeyValue, Residual, fit
@@ -106,17 +108,18 @@ def _take_first(
         )
     base = base_of(model)
     key_values = _key_values(base, adapter_name, layers, token_ids[:num_tokens])
-    residuals = initialize_from_key_values(model, key_values, adapter_name)
-    if any(layer.reads_unrotated(adapter_name) for layer in layers.values()):
-        warnings.warn(
-            f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
-            "the adapter with position_free=False if that is what you want.",
-            stacklevel=3,
-        )
-        configs: Any = base.peft_config
-        configs[adapter_name].position_free = False
-        for layer in layers.values():
-            layer.set_position_free(adapter_name, False, layer.rotation)
+    with all_or_nothing(model, adapter_name=adapter_name):
+        residuals = initialize_from_key_values(model, key_values, adapter_name)
+        if any(layer.reads_unrotated(adapter_name) for layer in layers.values()):
+            warnings.warn(
+                f"Adapter {adapter_name!r} is not position-free any more: the keys of a text act from the text's own positions. Make "
+                "the adapter with position_free=False if that is what you want.",
+                stacklevel=3,
+            )
+            configs: Any = base.peft_config
+            configs[adapter_name] = replace(configs[adapter_name], position_free=False)
+            for layer in layers.values():
+                layer.set_position_free(adapter_name, False, layer.rotation)
     return residuals
 
 
@@ -227,4 +230,5 @@ def initialize_from_key_values(
                     )
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
-    return fit(encoders, key_values)
+    with all_or_nothing(model, adapter_name=adapter_name):
+        return fit(encoders, key_values)

@@ -31,6 +31,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -607,3 +608,11 @@ def test_any_other_name_will_do(name, tmp_path):
     assert torch.equal(
         output_of(PeftModel.from_pretrained(tiny_model(), tmp_path / "first"), **INPUTS), single("first")
     )
+
+
+def test_peft_can_stop_casting_inputs():
+    model = prefixed(tiny_model())
+    expected = output_of(model, input_ids=token_ids())
+    with disable_input_dtype_casting(model):
+        assert torch.equal(output_of(model, input_ids=token_ids()), expected)
+    assert torch.equal(output_of(model, input_ids=token_ids()), expected)

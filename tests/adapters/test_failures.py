@@ -231,7 +231,7 @@ def other_encoder(path: Path) -> None:
 
 
 KEY = "self_attn.prefix_plus.prefix_plus_encoder"
-MISFITS = [
+FOUND_IN_THE_MODEL = [
     (other_model_size, ["model.layers.0.self_attn", "has shape (2, 3, 12)", "(2, 3, 8) in the model"]),
     (more_layers, ["model.layers.3.self_attn", "the model has none of that name"]),
     (fewer_layers, ["model.layers.2.self_attn", "it has no tensor for", "(2, 3, 8)"]),
@@ -241,8 +241,14 @@ MISFITS = [
     (other_length, ["model.layers.0.self_attn", "has shape (2, 3, 8)", "(2, 9, 8) in the model"]),
     (other_encoder, [KEY, "it has no tensor for"]),
 ]
+FOUND_IN_THE_FILES = {
+    other_length: ["model.layers.0.self_attn", "has shape (2, 3, 8)", "`num_virtual_tokens` is 9"],
+    other_encoder: ["`reparameterization` is 'none'", "has no tensor for prefix_plus_encoder.key"],
+}
 EACH_MISFIT = pytest.mark.parametrize(
-    ("misfit", "expected"), MISFITS, ids=lambda value: getattr(value, "__name__", "")
+    ("misfit", "expected"),
+    [(misfit, FOUND_IN_THE_FILES.get(misfit, expected)) for misfit, expected in FOUND_IN_THE_MODEL],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 
 
@@ -293,10 +299,10 @@ def test_loading_into_an_adapter_of_ones_own_leaves_it_as_it_was(misfit, expecte
     assert_says(error, expected)
 
 
-@EACH_MISFIT
+@pytest.mark.parametrize(("misfit", "expected"), FOUND_IN_THE_MODEL, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_state_dict_that_does_not_fit_is_refused_on_a_bare_model_too(misfit, expected, tmp_path):
     misfit(tmp_path)
-    config = PrefixPlusConfig.from_pretrained(tmp_path)
+    config = PrefixPlusConfig.from_peft_type(**PrefixPlusConfig.from_json_file(tmp_path / "adapter_config.json"))
     model = inject_adapter_in_model(config, tiny_model())
 
     with unchanged(model), pytest.raises(ValueError) as error:

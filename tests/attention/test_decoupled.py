@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from peft_prefix_plus import PrefixPlusConfig, prefix_key_values
+from peft_prefix_plus.attention import Prefix
+from peft_prefix_plus.attention.added import added_attention
 
 
 class DecoupledFormula(Formula):
@@ -261,3 +263,13 @@ def test_in_bfloat16_scores_pass_the_silu_in_float32():
     found = output_of(model, input_ids=token_ids()).float()
     # three layers of bfloat16 (eight bits) over outputs of about 5
     assert (found - reference).abs().mean() < 0.02 * reference.abs().mean() + 0.02
+
+
+def test_in_float16_scores_beyond_its_range_are_capped():
+    key, value = torch.full((1, 3, 64), 200.0), torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1).expand(1, 3, 8)
+    query = torch.stack([torch.full((64,), 200.0), torch.full((64,), -200.0)]).view(1, 1, 2, 64)
+    assert torch.isinf(query.half() @ key.half().transpose(-1, -2)).all()
+    added = added_attention(query.half(), Prefix(key.half(), value.half(), None, None, True, "rotated"), None)
+    expected = torch.nn.functional.silu(torch.tensor([DECOUPLED_CAP, -DECOUPLED_CAP])) * 7.0
+    # half precision has eleven bits
+    torch.testing.assert_close(added[0, :, 0, 0].float(), expected, rtol=2e-3, atol=0.0)

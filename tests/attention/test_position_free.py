@@ -308,7 +308,7 @@ def test_output_is_the_formula(reference_of, name, fields):
     formula = reference_of(reference, *MODELS[name][1:])
     base = logits(reference)
     model = get_peft_model(model, joint_config(num_virtual_tokens=5, init_weights=False, **fields)).eval()
-    assert model.peft_config["default"].position_free is True
+    assert model.resolved_config().position_free is True
     formula.is_decoupled = bool(fields.get("decoupled"))
     for module, layer in prefix_layers(model).items():
         formula.prefixes[reference.get_submodule(module)] = prefix_key_values(model)[module]
@@ -461,15 +461,15 @@ def test_a_model_without_weights_has_the_same_rotations():
 def test_what_none_comes_to_is_saved_and_loaded(tmp_path):
     for architecture, expected in (("llama", True), ("gpt2", True)):
         model = prefixed(tiny_model(architecture))
-        assert model.peft_config["default"].position_free is expected
+        assert model.resolved_config().position_free is expected
         model.save_pretrained(tmp_path / architecture)
         loaded = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / architecture)
-        assert loaded.peft_config["default"].position_free is expected
+        assert loaded.resolved_config().position_free is expected
         assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(model, input_ids=token_ids()))
     fixed = prefixed(tiny_model(), position_free=False)
     fixed.save_pretrained(tmp_path / "fixed")
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "fixed")
-    assert loaded.peft_config["default"].position_free is False
+    assert loaded.resolved_config().position_free is False
     assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(fixed, input_ids=token_ids()))
 
 
@@ -480,7 +480,7 @@ def test_a_rotation_that_cannot_be_undone_is_left_or_refused():
         )
 
     model = get_peft_model(gptj(), joint_config())
-    assert model.peft_config["default"].position_free is False
+    assert model.resolved_config().position_free is False
     model, config = gptj(), joint_config(position_free=True)
     modules = [type(module) for module in model.modules()]
     with pytest.raises(
@@ -511,7 +511,7 @@ def test_starting_from_a_text_puts_the_prefix_at_the_texts_positions(tmp_path):
     with pytest.warns(UserWarning, match="not position-free any more.*position_free=False"):
         initialize_from_text(model, tokenizer, "")
 
-    assert model.peft_config["default"].position_free is False
+    assert model.resolved_config().position_free is False
     assert not any(layer.attention._forward_pre_hooks for layer in prefix_layers(model).values())
     positions = torch.arange(-4, ids.shape[1])[None].expand(len(ids), -1)
     expected = output_of(

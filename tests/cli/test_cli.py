@@ -30,7 +30,7 @@ from peft_prefix_plus import PrefixPlusConfig, prefix_attention_mass, prefix_key
 from peft_prefix_plus.cli import main
 from peft_prefix_plus.cli.options import value_parser
 from peft_prefix_plus.cli.records import Collator, Record, encode
-from peft_prefix_plus.cli.training import checkpoints
+from peft_prefix_plus.training.checkpoints import checkpoints
 
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_text_records_and_gradient_checkpointing_and_evaluation(
         ('\n["a"]\n', 'line 2: expected a JSON object, found ["a"]'),
         (
             '{"instruction": "a", "output": "b"}',
-            "expected the keys 'prompt' and 'completion', or the key 'text'; found",
+            "expected the keys 'prompt' and 'completion', or the key 'text', or the key 'messages'; found",
         ),
         ('{"text": "a", "prompt": "b", "completion": "c"}', "line 1: expected the keys"),
         ('{"prompt": "a", "completion": 3}', "line 1: 'completion' must be a string, found 3"),
@@ -596,3 +596,75 @@ def test_an_output_that_cannot_be_made_is_refused_in_words(base: Path, data: Pat
     (tmp_path / "file").write_text("", encoding="utf-8")
     message = failure(*training(base, data, tmp_path / "file" / "adapter"))
     assert "Cannot write to --output" in message
+
+
+# ---------------------------------------------------------------------------------------------------------- serve
+
+
+def test_training_says_whether_vllm_can_serve_the_adapter(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*training(base, data, tmp_path / "free", "--max-steps", 1, "--position-free", "--no-decoupled"))
+    assert "vLLM cannot serve this adapter: it is position-free" in capsys.readouterr().out
+    run(*training(base, data, tmp_path / "served", "--max-steps", 1, "--servable", "--decoupled"))
+    assert "vLLM can serve this adapter." in capsys.readouterr().out
+    config = PeftConfig.from_pretrained(str(tmp_path / "served"))
+    assert (config.decoupled, config.position_free) == (False, False)
+    run(*training(base, data, tmp_path / "added", "--max-steps", 1, "--decoupled"))
+    assert "vLLM can serve this adapter." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "path"], "NAME=PATH"),
+        (["--adapter", "=path"], "NAME=PATH"),
+        (["--adapter", "a=b", "--adapter", "a=c"], "twice"),
+        (["--engine", "unknown"], "unknown"),
+        (["--port", "0"], "port"),
+    ],
+)
+def test_serve_refuses_options_that_say_nothing(base: Path, options: list[str], message: str) -> None:
+    assert message in failure("serve", "--model", base, *options)
+
+
+def test_serve_hands_its_options_to_the_engine(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without vLLM: what stands for it here is a module that prints what it was started with."""
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    shown = tmp_path / "shown.json"
+    (package / "api_server.py").write_text(
+        f"import json, os, sys\njson.dump([sys.argv[1:], os.environ['VLLM_PLUGINS']], open({str(shown)!r}, 'w'))\n"
+        "config = json.loads(sys.argv[sys.argv.index('--kv-transfer-config') + 1])\n"
+        "print(open(config['kv_connector_extra_config']['store'] + '/adapters.json').read(), file=open('adapters', 'w'))\n"
+        "sys.exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), PrefixPlusConfig.servable(num_virtual_tokens=3))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "--model", str(base), "--adapter", "a=adapter", "--port", "7", "--", "--max-model-len", "64"])
+    assert stop.value.code == 3  # the server's
+    arguments, plugins = json.loads(shown.read_text())
+    config = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
+    assert arguments[:6] == ["--model", str(base), "--host", "127.0.0.1", "--port", "7"]
+    assert arguments[-2:] == ["--max-model-len", "64"] and plugins == "other,prefix_plus"
+    assert config["kv_connector_extra_config"] | {"store": ""} == {"store": "", "may_load": False, "may_add": False}
+    assert json.loads((tmp_path / "adapters").read_text())["a"]["num_cached_tokens"] == 3
+    assert not Path(config["kv_connector_extra_config"]["store"]).exists()  # nothing is left behind
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    shown.unlink()
+    assert "adapter_model.safetensors" in failure("serve", "--model", base, "--adapter", "a=adapter")
+    assert not shown.exists()
+
+
+def test_serve_says_how_to_install_what_is_missing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_prefix_plus.serving import vllm_server
+
+    monkeypatch.setattr(vllm_server, "find_spec", lambda name: None)
+    assert "peft-prefix-plus[serve]" in failure("serve", "--model", base)

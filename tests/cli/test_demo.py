@@ -102,7 +102,7 @@ def test_a_short_demo_on_a_given_model(model: Path, tmp_path: Path, capsys: pyte
 def test_the_loss_before_the_first_step_is_that_of_the_training(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "LEARNING_RATE", 1e-12)
+    monkeypatch.setattr(demo, "PLAN_OF_REAL_MODEL", demo.PLAN_OF_REAL_MODEL._replace(learning_rate=1e-12))
     sizes = {"held_out_tables": 6, "training_tables": 8, "prefix_steps": 1}
     outcome = demo.run_demo(demo.DemoSettings(model=str(model), output=tmp_path / "output", **sizes))
     assert outcome.untrained_loss == pytest.approx(outcome.after.loss, abs=1e-6)

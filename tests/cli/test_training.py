@@ -29,7 +29,7 @@ from transformers import (
 from peft_prefix_plus.cli.chat import encode_chat
 from peft_prefix_plus.cli.errors import CommandError
 from peft_prefix_plus.cli.records import Chat
-from peft_prefix_plus.cli.training_output import checkpoints
+from peft_prefix_plus.training.checkpoints import checkpoints
 
 
 TEMPLATE = """{%- for message in messages -%}

@@ -12,8 +12,10 @@ import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import peft_prefix_plus
@@ -21,6 +23,7 @@ import peft_prefix_plus
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = [
     name
@@ -81,8 +84,20 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     logging.set_verbosity(verbosity)
 
 
+@pytest.fixture
+def small_models_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Hub's model that the pages name be a small one of random weights."""
+    load = AutoModelForCausalLM.from_pretrained
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+    def small(name: str, **kwargs: Any) -> Any:
+        return LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)) if name == MODEL else load(name, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", small)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_of_a_page_runs(page: Path, elsewhere: Path) -> None:
+def test_code_of_a_page_runs(page: Path, elsewhere: Path, small_models_of_the_hub: None) -> None:
     run_page(page.read_text(encoding="utf-8"), page.name)
 
 
@@ -187,7 +202,14 @@ def test_table_of_parameters_is_what_the_command_prints(page: str, capsys: pytes
 def test_readme_explains_what_the_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make ")]
-    assert commands == ["make lint", "make docs", "make test", "make test-oldest", "make test-models"]
+    assert commands == [
+        "make lint",
+        "make docs",
+        "make test",
+        "make test-oldest",
+        "make test-models",
+        "make test-serving",
+    ]
     assert all(re.search(rf"^{command}\b", readme, re.MULTILINE) for command in commands)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from tiny_models import cases, tiny_model
 
@@ -84,3 +86,13 @@ def test_loading_an_adapter_does_not_say_it_again(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*get no prefix")
         PeftModel.from_pretrained(model_of("LEDForConditionalGeneration"), tmp_path)
+
+
+def test_the_part_of_canine_that_its_classifier_does_not_read_gets_no_prefix():
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_hash_buckets=64)
+    base = transformers.CanineForSequenceClassification(transformers.CanineConfig(**sizes))
+    model = get_peft_model(base, PrefixPlusConfig(num_virtual_tokens=3, init_weights=False))
+    assert not any("final_char_encoder" in name for name, _ in model.base_model.prefix_layers())
+    model(input_ids=torch.randint(5, 60, (2, 64)), labels=torch.tensor([0, 1])).loss.backward()
+    unused = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
+    assert not unused

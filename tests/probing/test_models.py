@@ -145,7 +145,7 @@ def check_all(case: Case, tmp_path: Path) -> dict[str, list[str]]:
         assert torch.equal(logits_of(tuned, inputs), expected), "disabled, it is not the base model"
     check_rows_are_independent(tuned, inputs, changed)
     obstacles: set[str] = set()
-    if tuned.peft_config["default"].position_free:
+    if tuned.resolved_config().position_free:
         check_queries_are_unrotated(tuned)
     else:
         geometries = probe(tuned.get_base_model())

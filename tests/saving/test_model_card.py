@@ -287,7 +287,7 @@ def test_a_saved_model_can_be_copied_and_pickled(tmp_path):
     model.save_pretrained(tmp_path / "original")
     for name, copied in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
         copied.save_pretrained(tmp_path / name)
-        assert copied.create_or_update_model_card.model is copied
+        assert copied.create_or_update_model_card.__self__ is copied
         assert f'"{name}"' in card_of(tmp_path / name)
 
 

@@ -1,0 +1,193 @@
+"""
+What a `PeftModel` does with its adapters, done as a whole or not at all.
+
+Adding, loading, switching, deleting and saving begin and end in PEFT's own methods, out of reach of a tuner. So a `PeftModel`
+around a [`PrefixPlusModel`] gets a class of the same name with [`WholeOperations`] before its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..config import PrefixPlusConfig
+from ..registration import PREFIX_PLUS
+from ..saving.files import CARD_NAME, update_model_card, write_atomically, write_model_card
+from ..saving.together import saving_together
+from ..saving.weights import difference_of_settings, find_weights, naming_file, read_weights, write_settings
+from .snapshot import Snapshot, all_or_nothing, what_switching_changes
+
+
+def act_as_a_whole(model: PeftModel) -> None:
+    """Let the operations of a `PeftModel` leave it as it was if they end by an error or an interrupt."""
+    own_class: Any = type(model)
+    if not issubclass(own_class, WholeOperations):
+        model.__class__ = _whole_class(own_class)
+
+
+class WholeOperations:
+    """The methods of a `PeftModel` that change or save its adapters, as a whole. A `PeftModel` follows among the base classes."""
+
+    _peft_class: type[PeftModel]
+    base_model: Any
+
+    @wraps(PeftModel.add_adapter)
+    def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        with all_or_nothing(self, peft_config):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)  # type: ignore[misc]
+
+    @wraps(PeftModel.set_adapter)
+    def set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        with all_or_nothing(self, modules=what_switching_changes(self)):
+            super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    @wraps(PeftModel.delete_adapter)
+    def delete_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        with all_or_nothing(self):
+            super().delete_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    @wraps(PeftModel.disable_adapter)
+    @contextmanager
+    def disable_adapter(self: Any) -> Iterator[None]:
+        before = Snapshot(self, modules=what_switching_changes(self))
+        was_disabled = self._adapters_disabled
+        was_enabled = any(not layer.disable_adapters for _, layer in self.base_model.prefix_layers())
+        is_inside = False
+        try:
+            with super().disable_adapter():  # type: ignore[misc]
+                is_inside = True
+                yield
+        except BaseException:
+            if not is_inside:
+                before.restore()
+                raise
+            # at the end, too: what PEFT does there, again, in case that it was interrupted
+            if was_enabled:
+                self.base_model.enable_adapter_layers()
+            self._adapters_disabled = was_disabled
+            raise
+
+    @wraps(PeftModel.load_adapter)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        hub_kwargs, _ = self._split_kwargs(kwargs)
+        hub_kwargs.pop("use_auth_token", None)
+        # of an adapter that `PeftModel.from_pretrained` has just made: the base model before that
+        made = self.base_model.before_loading.pop(adapter_name, None)
+        before = Snapshot(self, adapter_name=adapter_name) if made is None else made
+        try:
+            directory = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
+            if os.path.isdir(model_id) and find_weights(model_id, **hub_kwargs) is None:
+                raise ValueError(
+                    f"{directory} has no weights of an adapter: expected the file {SAFETENSORS_WEIGHTS_NAME}."
+                )
+            with naming_file(directory):
+                if adapter_name in self.peft_config:
+                    _check_same_settings(self, adapter_name, model_id, hub_kwargs)
+                elif os.path.isdir(model_id):
+                    PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
+                return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            before.restore()
+            raise
+
+    @wraps(PeftModel.save_pretrained)
+    def save_pretrained(
+        self: Any,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        options = {
+            "safe_serialization": safe_serialization,
+            "selected_adapters": selected_adapters,
+            "save_embedding_layers": save_embedding_layers,
+            "is_main_process": is_main_process,
+            **kwargs,
+        }
+        if not is_main_process or os.path.isfile(save_directory):
+            super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+            return
+        with all_or_nothing(self, modules=()), saving_together(save_directory) as folder:
+            if os.path.exists(os.path.join(save_directory, CARD_NAME)):
+                shutil.copy(os.path.join(save_directory, CARD_NAME), folder)  # PEFT updates the card that it finds
+            super().save_pretrained(folder, **options)  # type: ignore[misc]
+            for name in selected_adapters or self.peft_config:
+                if self.peft_config[name].peft_type == PREFIX_PLUS:
+                    _complete_files(self, name, folder if name == "default" else os.path.join(folder, name))
+        update_model_card(os.fspath(save_directory))
+
+    def create_or_update_model_card(self: Any, output_dir: str, repo_id: str | None = None) -> None:
+        """
+        Write the model's card, or update the one that is there.
+
+        Args:
+            output_dir (`str`): The directory of the card.
+            repo_id (`str`, *optional*): The repository that the directory goes to; `None` if it is not known.
+        """
+        has_prefix = any(config.peft_type == PREFIX_PLUS for config in self.peft_config.values())
+        write_model_card(super().create_or_update_model_card, output_dir, repo_id, has_prefix)  # type: ignore[misc]
+
+    def _upload_modified_files(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # `push_to_hub` has put the card of the repository, or transformers' template, in the directory
+        self.create_or_update_model_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_whole, (self._peft_class,), *reduced[2:]
+
+
+@cache
+def _whole_class(peft_class: Any) -> Any:
+    """The class, of the same name, whose operations are those of a class of PEFT, as a whole."""
+    names = {name: getattr(peft_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(peft_class.__name__, (WholeOperations, peft_class), {**names, "_peft_class": peft_class})
+
+
+def _new_whole(peft_class: Any) -> Any:
+    """Where an unpickled model starts from."""
+    whole = _whole_class(peft_class)
+    return whole.__new__(whole)
+
+
+def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[str, Any]) -> None:
+    """Raise if an adapter that the model has already means something else by its weights than the file: PEFT would keep its configuration."""
+    own = model.base_model.resolved_config(name).to_dict()
+    path = find_weights(source, **hub_kwargs)
+    found = [] if path is None else [(path, read_weights(path).settings)]
+    try:
+        found.append((f"{CONFIG_NAME} of {source}", PrefixPlusConfig.from_pretrained(source, **hub_kwargs).to_dict()))
+    except ValueError:
+        if path is None or os.path.exists(os.path.join(os.path.dirname(path), CONFIG_NAME)):
+            raise  # there is no need of a configuration, but where there is one it must be right
+    for where, saved in found:
+        setting = difference_of_settings(own, saved)
+        if setting is not None:
+            raise ValueError(
+                f"The adapter {name!r} of the model has `{setting}` = {own[setting]!r}, and the {where} has "
+                f"{saved[setting]!r}, so the weights would not mean the same in it. Load them as an adapter of another name, "
+                f"or delete the adapter {name!r} first."
+            )
+
+
+def _complete_files(model: Any, name: str, folder: str) -> None:
+    """Say in the saved configuration what it resolved to, and in the weights' file what configuration they belong to."""
+    path = os.path.join(folder, CONFIG_NAME)
+    with open(path, encoding="utf-8") as file:
+        fields = json.load(file)
+    fields["position_free"] = model.base_model.resolved_config(name).position_free
+    write_atomically(path, json.dumps(fields, indent=2, sort_keys=True))
+    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if os.path.exists(weights):
+        write_settings(weights, fields)

@@ -1,0 +1,271 @@
+"""`prefix-plus distill`: teach a prefix what a document in the context does."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import TrainingArguments, set_seed
+
+from ..config import PrefixPlusConfig
+from ..training.checkpoints import checkpoints
+from ..training.distill import CONVERSATIONS_FILE, RUN_FILE, STARTS, Prompt, distill
+from ..training.self_study import TEMPLATES, SelfStudy
+from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
+from .loading import LARGEST_SEED, check_dtype, load_model, load_tokenizer, reading
+from .records import check_text, check_vocabulary, read_conversations, read_templates
+from .training_output import check_same_config, save_adapter
+
+
+@dataclass
+class DocumentPrefixConfig(PrefixPlusConfig):
+    """[`PrefixPlusConfig`] with the defaults of a prefix for a document."""
+
+    num_virtual_tokens: int = field(default=128, metadata={"help": "Number of prefix positions per attention module."})
+    decoupled: bool | None = field(
+        default=False,
+        metadata={"help": "Add the prefix outside the softmax, which a document's keys and values were not made for."},
+    )
+    position_free: bool | None = field(
+        default=False,
+        metadata={
+            "help": "The prefix meets queries without their rotary position; None means True wherever possible."
+        },
+    )
+
+    def plain(self) -> PrefixPlusConfig:
+        """Return this as a [`PrefixPlusConfig`]."""
+        own = {item.name: getattr(self, item.name) for item in fields(PrefixPlusConfig) if item.init}
+        return PrefixPlusConfig(**{name: value for name, value in own.items() if name != "peft_type"})
+
+
+@dataclass(kw_only=True)
+class DistillationSettings:
+    """What to distil into a prefix, how, and where it goes. The fields' help texts say the rest."""
+
+    model: str = field(
+        metadata={"help": "The base model: a directory or a name on the Hub; its tokenizer has a chat template."}
+    )
+    document: list[str] = field(metadata={"help": "The document: a text file, or several with commas between them."})
+    output: Path = field(
+        metadata={"help": "The directory for conversations, checkpoints and, in the end, the adapter."}
+    )
+    data: Path | None = field(
+        default=None,
+        metadata={
+            "help": "JSON lines with 'prompt', and 'completion' if the answer is known. Without it, self-study."
+        },
+    )
+    conversations: int = field(default=512, metadata={"help": "Conversations that the model makes in self-study."})
+    templates: Path | None = field(
+        default=None,
+        metadata={
+            "help": "JSON lines with 'kind', 'prompt' ({piece} or {start} in it), 'asks' and 'recites', for self-study."
+        },
+    )
+    max_answer_tokens: int = field(
+        default=128, metadata={"help": "The most tokens of an answer that the model writes."}
+    )
+    temperature: float = field(
+        default=0.7, metadata={"help": "What the model's prompts and answers are drawn at; 0 takes the likeliest."}
+    )
+    writing_batch_size: int = field(default=8, metadata={"help": "Conversations written at a time."})
+    window_tokens: int | None = field(
+        default=None,
+        metadata={"help": "The most tokens of the document in the context; None means half of the model's context."},
+    )
+    top_k: int = field(
+        default=20,
+        metadata={"help": "The teacher's likeliest tokens that count one by one, the rest together; 0 means all."},
+    )
+    start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the prefix starts: attention (it stands for the document), first (its first tokens), config; None chooses."
+        },
+    )
+    distractors: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters of other documents that are active beside in some steps: directories, with commas."
+        },
+    )
+    learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
+    schedule: str = field(
+        default="linear",
+        metadata={"help": "How the learning rate falls: linear, cosine, constant, … (transformers' names)."},
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the conversations."})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps; if positive, it counts instead of the epochs."}
+    )
+    batch_size: int = field(default=4, metadata={"help": "Conversations per device and step."})
+    gradient_accumulation: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    dtype: str = field(
+        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations twice instead of keeping them."}
+    )
+    seed: int = field(default=0, metadata={"help": "For the conversations, their order and the adapter's start."})
+    save_steps: int = field(default=50, metadata={"help": "Optimizer steps between checkpoints."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
+    logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between reports of the loss."})
+    progress: bool = field(default=True, metadata={"help": "Show progress bars."})
+    resume: bool = field(default=False, metadata={"help": "Go on where the run in the output directory has stopped."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew in an output directory that is not empty."})
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other.")
+        if self.start not in (None, *STARTS):
+            raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {self.start!r}.")
+        check_positive(self, "learning_rate", *(["epochs"] if self.max_steps <= 0 else []))
+        check_numbers(self, 0, "warmup_steps", "temperature", "top_k")
+        check_numbers(self, 1, "conversations", "max_answer_tokens", "writing_batch_size", "batch_size")
+        check_numbers(self, 1, "gradient_accumulation", "save_steps", "keep_checkpoints", "logging_steps")
+        check_numbers(self, -1, "max_steps")
+        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
+        if self.window_tokens is not None:
+            check_numbers(self, 1, "window_tokens")
+
+
+def distill_document(settings: DistillationSettings, config: DocumentPrefixConfig) -> PeftModel:
+    """
+    Distil a document into a prefix, and save it with its model card and the tokenizer.
+
+    Args:
+        settings (`DistillationSettings`): What to distil, how, and where it goes.
+        config (`DocumentPrefixConfig`): The adapter's configuration.
+
+    Returns:
+        `PeftModel`: The trained model.
+
+    Raises:
+        CommandError: If the document, the data, the output directory or a name is not as it must be. Nothing has been written then.
+    """
+    config.task_type = "CAUSAL_LM"
+    text = read_documents(settings.document)
+    prompts: list[Prompt] | None = None if settings.data is None else [*read_conversations(settings.data)]
+    templates = TEMPLATES if settings.templates is None else read_templates(settings.templates)
+    check_output(settings, config.plain())
+    tokenizer = load_tokenizer(settings.model)
+    base_model = load_model(settings.model, settings.dtype)
+    check_vocabulary(base_model, tokenizer, [tokenizer(text, verbose=False)["input_ids"]])
+    set_seed(settings.seed)
+    with shown_as_command_error(ValueError, TypeError):
+        study = SelfStudy(
+            num_conversations=settings.conversations,
+            templates=templates,
+            max_answer_tokens=settings.max_answer_tokens,
+            temperature=settings.temperature,
+            batch_size=settings.writing_batch_size,
+            seed=settings.seed,
+        )
+        arguments = training_arguments(settings)
+        model = get_peft_model(base_model, config.plain())
+    names = load_distractors(model, settings.distractors or [])
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.print_trainable_parameters()
+    with shown_as_command_error(ValueError, TypeError, OSError):
+        distill(
+            model,
+            tokenizer,
+            text,
+            args=arguments,
+            prompts=prompts,
+            self_study=study,
+            start=settings.start,
+            window_tokens=settings.window_tokens,
+            k=settings.top_k or None,
+            distractors=names,
+        )
+    for name in names:
+        model.delete_adapter(name)
+    save_adapter(model, tokenizer, settings.output)
+    return model
+
+
+def read_documents(paths: list[str]) -> str:
+    """
+    Return the texts of files, one after the other.
+
+    Raises:
+        CommandError: If one cannot be read or is empty.
+    """
+    texts = []
+    for path in paths:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"Cannot read {path}: {error}") from error
+        if not text.strip():
+            raise CommandError(f"{path} is empty: there is nothing to learn from it.")
+        texts.append(check_text(path, text).strip())
+    return "\n\n".join(texts)
+
+
+def load_distractors(model: PeftModel, adapters: list[str]) -> list[str]:
+    """Add adapters to the model, frozen and not active, and return the names that they have there."""
+    names = []
+    for number, adapter in enumerate(adapters):
+        with reading(f"the adapter {adapter!r}"):
+            model.load_adapter(adapter, f"distractor{number}")
+        names.append(f"distractor{number}")
+    return names
+
+
+def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> None:
+    """
+    Check that the output directory may be written to, and clear it of a run that is to be overwritten.
+
+    Raises:
+        CommandError: If it may not, or its checkpoint is of an adapter with another configuration.
+    """
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output must be a directory, {output} is a file.")
+    if not (output.is_dir() and any(output.iterdir())):
+        return
+    if settings.overwrite:
+        for leftover in checkpoints(output):
+            shutil.rmtree(leftover)
+        for name in (CONVERSATIONS_FILE, RUN_FILE):
+            (output / name).unlink(missing_ok=True)
+    elif not settings.resume:
+        raise CommandError(
+            f"The output directory {output} is not empty. Use --resume to go on where its run has stopped, --overwrite to start anew "
+            "in it, or another --output."
+        )
+    else:
+        for checkpoint in checkpoints(output, complete_only=True)[-1:]:
+            check_same_config(checkpoint, config, settings.model)
+
+
+def training_arguments(settings: DistillationSettings) -> TrainingArguments:
+    """Say in the Trainer's words what the settings say."""
+    values: dict[str, Any] = dict(
+        output_dir=str(settings.output),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        seed=settings.seed,
+        save_steps=settings.save_steps,
+        save_total_limit=settings.keep_checkpoints,
+        logging_steps=settings.logging_steps,
+        disable_tqdm=not settings.progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    return TrainingArguments(**values)

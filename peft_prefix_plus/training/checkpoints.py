@@ -1,0 +1,26 @@
+"""The checkpoints that the Trainer has left in a directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
+    """Return the checkpoints in a directory, oldest first. One is complete if the Trainer wrote its last file."""
+    numbered = {}
+    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if number.isdigit() and path.is_dir() and (not complete_only or _is_complete(path)):
+            numbered[int(number)] = path
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
