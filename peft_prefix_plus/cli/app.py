@@ -80,7 +80,9 @@ def demo(settings: DemoSettings) -> None:
     run_demo(settings)
 
 
-@app.command(cls=PlainCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    name="run", cls=PlainCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def run(
     program: Annotated[str, typer.Argument(help="A Python file, or a command that a Python package installs.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The program's arguments.")] = None,
