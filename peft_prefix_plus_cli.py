@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from typer.core import TyperGroup
 
 
-EXTRA_PACKAGES = ("rich", "tokenizers", "typer")
-"""What the extra `cli` installs."""
+EXTRA_PACKAGES = ("rich", "tokenizers", "typer", "yaml")
+"""What the extra `cli` installs that every command needs."""
 
 COMMANDS = {
-    "train": "Teach a frozen language model by a prefix, and save it as an adapter.",
+    "train": "Teach a frozen model by a prefix, and save it as an adapter.",
     "distill": "Teach a prefix what a document in the context does, and save it as an adapter.",
+    "run": "Run another Python program in which PEFT knows the method.",
     "generate": "Complete prompts with an adapter.",
     "serve": "Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name.",
     "convert": "Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back.",

@@ -390,7 +390,7 @@ class PrefixPlusConfig(PeftConfig):
         source = pretrained_model_name_or_path
         with naming_file(os.path.join(source, subfolder or "", CONFIG_NAME)):
             config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-        hub_kwargs, *_ = cls._split_kwargs(kwargs)
+        hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         weights = find_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):
             check_saved_weights(read_weights(weights), config.to_dict())

@@ -5,21 +5,29 @@ help of `prefix-plus`, which answers without this module.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from peft import PeftConfig
 
 from ..config import PrefixPlusConfig
 from . import conversion, distillation, generation, inspection, parameters, serving, training
 from .demo import DemoSettings, run_demo
-from .options import command
+from .options import PlainCommand, command
+from .running import run_program
 
 
-app = typer.Typer()
+app = typer.Typer(rich_markup_mode=None)
 
 
-@command(app, {"Training": training.TrainingSettings, "Prefix": PrefixPlusConfig}, inherited=[PeftConfig])
+@command(
+    app,
+    {"Training": training.TrainingSettings, "Prefix": PrefixPlusConfig},
+    inherited=[PeftConfig],
+    has_config_file=True,
+)
 def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None:
-    """Teach a frozen language model by a prefix, and save it as an adapter."""
+    """Teach a frozen model by a prefix, and save it as an adapter."""
     training.train(settings, config)
     print(f"The adapter is in {settings.output}.")
 
@@ -70,3 +78,15 @@ def inspect(settings: inspection.InspectionSettings) -> None:
 def demo(settings: DemoSettings) -> None:
     """Make a small language model, or load one, and teach it table-to-text by a prefix."""
     run_demo(settings)
+
+
+@app.command(
+    name="run", cls=PlainCommand, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    program: Annotated[str, typer.Argument(help="A Python file, or a command that a Python package installs.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The program's arguments.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as after python -m.")] = False,
+) -> None:
+    """Run another Python program in which PEFT knows the method."""
+    run_program(program, arguments or [], module)

@@ -209,7 +209,7 @@ def training_settings(settings: DemoSettings, adapter: Path) -> TrainingSettings
     steps = settings.prefix_steps or plan.steps
     return TrainingSettings(
         model=settings.base,
-        data=settings.output / "training.jsonl",
+        data=str(settings.output / "training.jsonl"),
         output=adapter,
         overwrite=True,
         max_steps=steps,

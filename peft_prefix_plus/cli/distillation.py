@@ -18,7 +18,7 @@ from ..training.self_study import TEMPLATES, SelfStudy
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
 from .loading import LARGEST_SEED, check_dtype, load_model, load_tokenizer, reading
 from .records import check_text, check_vocabulary, read_conversations, read_templates
-from .training import check_same_config, save_adapter
+from .training_output import check_same_config, save_adapter
 
 
 @dataclass

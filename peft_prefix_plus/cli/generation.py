@@ -48,6 +48,9 @@ class GenerationSettings:
     dtype: str = field(
         default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that lies beside the base model's weights."}
+    )
     json_lines: bool = field(
         default=False, metadata={"help": "Print JSON lines with 'prompt' and 'completion' instead of the text alone."}
     )
@@ -87,7 +90,9 @@ def generate(settings: GenerationSettings) -> None:
         raise CommandError("There is no prompt. Give one by --prompt or on standard input, or several by --data.")
     if settings.data is None:
         check_text("The prompt", prompts[0])
-    model, tokenizer = load_adapted_model(settings.adapter, settings.model, settings.dtype)
+    model, tokenizer = load_adapted_model(
+        settings.adapter, settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code
+    )
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.sample:
         set_seed(settings.seed)

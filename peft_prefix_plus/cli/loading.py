@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
@@ -12,9 +14,14 @@ from peft.utils import load_peft_weights
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -48,36 +55,117 @@ def check_dtype(name: str) -> None:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
+class Task(NamedTuple):
+    """How the models of a task are called, loaded and known."""
+
+    words: str
+    auto_class: Any
+    mapping: Any
+
+
+TASKS = {
+    "CAUSAL_LM": Task("causal language model", AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "SEQ_2_SEQ_LM": Task(
+        "sequence-to-sequence language model", AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    ),
+    "SEQ_CLS": Task(
+        "sequence classifier", AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    ),
+}
+"""By the name that PEFT's configurations have for them (`task_type`)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which version of a base model to load from the Hub, and whether to run code that lies beside its weights."""
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` is to be called with."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+NEWEST = Source()
+
+
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    task_type: str = "CAUSAL_LM",
+    source: Source = NEWEST,
+    bits: int | None = None,
+    **config_changes: Any,
+) -> Any:
     """
-    Load a causal language model.
+    Load a model.
 
     Args:
         name (`str`): A directory or a name on the Hub.
         dtype (`str`): One of `DTYPES`; "auto" is the one that the checkpoint was saved in.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): What kind of model, one of `TASKS`.
+        source (`Source`): Which version of it.
+        bits (`int`, *optional*): 4 or 8 to quantize it by bitsandbytes.
+        config_changes: Fields to change in its configuration.
+
+    Raises:
+        CommandError: If it cannot be loaded, is of another kind, or bitsandbytes is missing.
     """
-    config = load_model_config(name)
+    options = source.options
+    if bits is not None:
+        options["quantization_config"] = quantization(bits, dtype)
+        options["device_map"] = {"": torch.accelerator.current_device_index() if torch.cuda.is_available() else "cpu"}
+    config = load_model_config(name, task_type, source)
+    for key, value in config_changes.items():
+        setattr(config, key, value)
     with reading(f"the model {name!r}"):
-        return AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        return TASKS[task_type].auto_class.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            ignore_mismatched_sizes="num_labels" in config_changes,  # another classifier's head is not wanted
+            **options,
         )
 
 
-def load_model_config(name: str) -> PreTrainedConfig:
+def quantization(bits: int, dtype: str) -> BitsAndBytesConfig:
     """
-    Load the configuration of a causal language model.
+    Return how to quantize a model to 4 bits (NF4) or 8.
+
+    Raises:
+        CommandError: If bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CommandError(
+            f"--load-in-{bits}bit needs the package bitsandbytes, which is not installed. Install it by: pip install bitsandbytes"
+        )
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def load_model_config(name: str, task_type: str = "CAUSAL_LM", source: Source = NEWEST) -> PreTrainedConfig:
+    """
+    Load the configuration of a model.
 
     Args:
         name (`str`): A directory or a name on the Hub.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): What kind of model, one of `TASKS`.
+        source (`Source`): Which version of it.
 
     Raises:
         CommandError: If it cannot be loaded, or is another kind of model's.
     """
+    task = TASKS[task_type]
     with reading(f"the configuration of {name!r}"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **source.options)
+    brings_its_class = task.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in task.mapping and not (source.trust_remote_code and brings_its_class):
         raise CommandError(
-            f"{name!r} is a model of the type {config.model_type!r}, which is no causal language model; the command works "
+            f"{name!r} is a model of the type {config.model_type!r}, which is no {task.words}; the command works "
             "with those. Use PrefixPlusConfig and peft.get_peft_model for other models."
         )
     return config
@@ -91,15 +179,16 @@ def num_positions(model: nn.Module) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, source: Source = NEWEST) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer.
 
     Args:
         name (`str`): A directory or a name on the Hub.
+        source (`Source`): Which version of it.
     """
     with reading(f"the tokenizer of {name!r}"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **source.options)
     return tokenizer
 
 
@@ -150,7 +239,11 @@ def base_model_name(adapter: str, config: PeftConfig, model: str | None, option:
 
 
 def load_adapted_model(
-    adapter: str, model: str | None = None, dtype: str = "auto", option: str = "--model"
+    adapter: str,
+    model: str | None = None,
+    dtype: str = "auto",
+    option: str = "--model",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """
     Load an adapter with its base model, ready to generate, and the tokenizer that it was trained with.
@@ -160,17 +253,24 @@ def load_adapted_model(
         model (`str`, *optional*): The base model; `None` means the one that the adapter names.
         dtype (`str`): The base model's dtype, as in [`load_model`].
         option (`str`): The option that `model` is given by.
+        trust_remote_code (`bool`): Whether to run code that lies beside the base model's weights.
 
     Returns:
         `tuple`: The model and the tokenizer.
     """
-    base = base_model_name(adapter, load_config(adapter), model, option)
-    base_model = load_model(base, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(adapter)
+    base = base_model_name(adapter, config, model, option)
+    source = Source(config.revision if base == config.base_model_name_or_path else None, trust_remote_code)
+    base_model = load_model(base, dtype, source=source).to("cuda" if torch.cuda.is_available() else "cpu")
     with reading(f"the adapter {adapter!r}"):
         adapted = PeftModel.from_pretrained(base_model, adapter)
     has_tokenizer = os.path.isfile(os.path.join(adapter, "tokenizer_config.json"))
     is_directory = os.path.isdir(adapter)
-    return adapted.eval(), load_tokenizer(adapter if has_tokenizer or not is_directory else base)
+    return adapted.eval(), (
+        load_tokenizer(adapter, Source(trust_remote_code=trust_remote_code))
+        if has_tokenizer or not is_directory
+        else load_tokenizer(base, source)
+    )
 
 
 def load_without_base_weights(adapter: str, model: str | None = None, option: str = "--model") -> PeftModel:

@@ -1,24 +1,30 @@
 """Command-line options made from the fields of dataclasses, so that no option is written down a second time.
 
 A field's name, type, default and `metadata["help"]` become an option's; with `metadata["is_argument"]`, those of an argument,
-which is given without its name. With `metadata["is_repeatable"]`, a list's items are given one by one. The command then gets one instance per dataclass.
+which is given without its name; `metadata["aliases"]` are other names that it answers to. With `metadata["is_repeatable"]`, a
+list's items are given one by one. The command then gets one instance per dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import yaml
+from typer.core import TyperCommand
 
-from .errors import shown_as_command_error
+from .errors import CommandError, shown_as_command_error
 
+
+CONFIG_FILE = "config_file"
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -27,7 +33,10 @@ NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
 
 
 def command(
-    app: typer.Typer, groups: dict[str, type[Any]], inherited: Sequence[type[Any]] = ()
+    app: typer.Typer,
+    groups: dict[str, type[Any]],
+    inherited: Sequence[type[Any]] = (),
+    has_config_file: bool = False,
 ) -> Callable[[Function], Function]:
     """
     Register a function as a command of the app whose options are the fields of dataclasses.
@@ -38,11 +47,14 @@ def command(
             The dataclasses, by the title above their options in the help. The function is called with one instance of
             each, in this order.
         inherited (`Sequence[type]`): Base classes of theirs whose fields are not to become options.
+        has_config_file (`bool`, defaults to `False`): Offer `--config`, a YAML file with values for the options.
     """
-    left_out = {field.name for base in inherited for field in dataclasses.fields(base)}
-    members = {
-        title: [field for field in dataclasses.fields(group) if field.name not in left_out]
-        for title, group in groups.items()
+    members = {title: _own_fields(group, inherited) for title, group in groups.items()}
+    aliases = {
+        alias: field.name.replace("_", "-")
+        for fields in members.values()
+        for field in fields
+        for alias in field.metadata.get("aliases", ())
     }
 
     def register(function: Function) -> Function:
@@ -56,13 +68,22 @@ def command(
         parameters = [
             option_parameter(group, field, title) for title, group in groups.items() for field in members[title]
         ]
+        if has_config_file:
+            parameters.insert(0, config_file_parameter(aliases))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = function.__doc__
-        app.command(name=function.__name__)(run)
+        names = {"token_normalize_func": lambda name: _option_name(name, aliases)}
+        app.command(name=function.__name__, cls=PlainCommand, context_settings=names)(run)
         return function
 
     return register
+
+
+def _own_fields(group: type[Any], inherited: Sequence[type[Any]]) -> list[dataclasses.Field[Any]]:
+    bases = [base for base in inherited if issubclass(group, base)]
+    left_out = {field.name for base in bases for field in dataclasses.fields(base)}
+    return [field for field in dataclasses.fields(group) if field.name not in left_out]
 
 
 def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str) -> inspect.Parameter:
@@ -86,13 +107,89 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
     if field.metadata.get("is_argument", False):
         declared: Any = typer.Argument(**{**settings, "rich_help_panel": None})
     else:
-        declared = typer.Option(name, **settings)
+        declared = typer.Option(name, *map("--{}".format, field.metadata.get("aliases", ())), **settings)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[annotation, declared],
     )
+
+
+def _option_name(name: str, aliases: Mapping[str, str]) -> str:
+    """Return an option's own name, without its dashes, from a name that it may be called by: with underscores, or an alias."""
+    name = name.replace("_", "-")
+    return aliases.get(name, name)
+
+
+class PlainCommand(TyperCommand):
+    """A command whose help needs no wide terminal: a name that is too long for its column has a line for itself."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the usage, the description and the options under their titles."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def config_file_parameter(aliases: Mapping[str, str]) -> inspect.Parameter:
+    """Return the parameter that makes typer offer a YAML file with the options' values, which those on the command line replace."""
+
+    def use(context: typer.Context, path: Path | None) -> None:
+        if path is not None:
+            context.default_map = {
+                **(context.default_map or {}),
+                **_read_config(path, context.command.params, aliases),
+            }
+
+    help_text = "A YAML file with values for the options below; the command line's count before its."
+    option = typer.Option("--config", help=help_text, callback=use, is_eager=True, expose_value=False)
+    return inspect.Parameter(
+        CONFIG_FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option]
+    )
+
+
+def _read_config(path: Path, parameters: Sequence[Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Read the options' values from a YAML file.
+
+    Raises:
+        CommandError: If it cannot be read, is no mapping, or names what is no option.
+    """
+    with shown_as_command_error(OSError, UnicodeDecodeError, yaml.YAMLError, while_doing=f"Cannot read {path}"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CommandError(f"{path}: expected a mapping of options to values, found {type(content).__name__}.")
+    known = {parameter.name for parameter in parameters if not parameter.is_eager}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = _option_name(key, aliases).replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise CommandError(f"{path}: {key!r} is no option{f'; did you mean {close[0]!r}?' if close else ''}.")
+        if name in values:
+            raise CommandError(f"{path}: {key!r} gives the option --{name.replace('_', '-')} a second time.")
+        values[name] = _config_value(f"{path}: {key!r}", value)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _config_value(place: str, value: Any) -> Any:
+    """Return a value as the command line has it, so that it is read and checked in the same way."""
+    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+        return ",".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return value if value is None else str(value).lower()
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise CommandError(f"{place} must be a value or a list of values, found {type(value).__name__}.")
 
 
 def _alternatives(annotation: Any) -> set[Any]:

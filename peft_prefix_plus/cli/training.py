@@ -1,87 +1,61 @@
-"""`prefix-plus train`: teach a frozen language model by a prefix, with transformers' Trainer."""
+"""`prefix-plus train`: teach a frozen model by a prefix, with transformers' Trainer."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import random
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from huggingface_hub import create_repo
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..config import SERVABLE, PrefixPlusConfig
-from ..saving.files import update_model_card
-from ..saving.together import saving_together
 from ..serving.folding import why_not_served
 from ..training.checkpoints import checkpoints
-from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
-from .loading import LARGEST_SEED, check_dtype, load_adapter_config, load_model, load_tokenizer, num_positions
-from .records import Collator, EncodedRecord, Record, check_vocabulary, encode, padding_id, read_records
+from .chat import encode_chat
+from .errors import CommandError, shown_as_command_error
+from .loading import load_model, load_tokenizer, num_positions
+from .records import (
+    Chat,
+    Collator,
+    EncodedRecord,
+    LabelledText,
+    check_vocabulary,
+    encode,
+    encode_for_decoder,
+    padding_id,
+    read_records,
+)
+from .rows import has_one_split
+from .training_output import (
+    OptionsInCheckpoints,
+    check_same_options,
+    lasting_options,
+    made_directory,
+    prepare_output,
+    save_adapter,
+)
+from .training_report import report
+from .training_settings import TrainingSettings
 
 
-@dataclass(kw_only=True)
-class TrainingSettings:
-    """What to train on what, how, and where the adapter goes. The fields' help texts say the rest."""
-
-    model: str = field(metadata={"help": "The base model: a directory or a name on the Hub."})
-    data: Path = field(
-        metadata={"help": "JSON lines with 'prompt' and 'completion' (loss on the completion), or with 'text'."}
-    )
-    output: Path = field(metadata={"help": "The directory for checkpoints and, in the end, the adapter."})
-    eval_data: Path | None = field(default=None, metadata={"help": "Data to compute the loss on after every epoch."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the last checkpoint in the output directory, if it has one."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Train anew into an output directory that is not empty."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "The highest learning rate."})
-    schedule: str = field(
-        default="linear",
-        metadata={"help": "How the learning rate falls: linear, cosine, constant, … (transformers' names)."},
-    )
-    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
-    max_steps: int = field(
-        default=-1, metadata={"help": "Optimizer steps; if positive, it counts instead of the epochs."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Records per device and step."})
-    gradient_accumulation: int = field(default=1, metadata={"help": "Batches per optimizer step."})
-    max_length: int = field(
-        default=1024, metadata={"help": "The most tokens per record: prompts lose their start, completions their end."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations twice instead of keeping them."}
-    )
-    servable: bool = field(
-        default=False,
-        metadata={"help": "Choose the form that vLLM serves: in the softmax, at fixed positions, in all layers."},
-    )
-    seed: int = field(default=0, metadata={"help": "For the adapter's start, the order of the data and dropout."})
-    save_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
-    keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
-    logging_steps: int = field(default=50, metadata={"help": "Optimizer steps between reports of the loss."})
-    progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
-
-    def __post_init__(self) -> None:
-        check_dtype(self.dtype)
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite contradict each other.")
-        check_positive(self, "learning_rate", *(["epochs"] if self.max_steps <= 0 else []))
-        check_numbers(self, 0, "warmup_steps", "weight_decay")
-        check_numbers(
-            self, 1, "batch_size", "gradient_accumulation", "save_steps", "keep_checkpoints", "logging_steps"
-        )
-        check_numbers(self, -1, "max_steps")
-        check_numbers(self, 2, "max_length")  # the loss is on what comes after a token
-        check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
+__all__ = ["TrainingSettings", "encode_all", "train"]
 
 
 def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
@@ -98,46 +72,59 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
     Raises:
         CommandError: If the data, the output directory or a name is not as it must be. Nothing has been written then.
     """
-    config.task_type = "CAUSAL_LM"
+    config.task_type = settings.task_type
     if settings.servable:
         config = dataclasses.replace(config, **SERVABLE)
     checkpoint = prepare_output(settings, config)
-    records = read_records(settings.data)
-    eval_records = read_records(settings.eval_data) if settings.eval_data is not None else None
-    tokenizer = load_tokenizer(settings.model)
-    base_model = load_model(settings.model, settings.dtype)
-    dataset = encode_all(records, tokenizer, settings.max_length, base_model)
-    eval_dataset = (
-        None if eval_records is None else encode_all(eval_records, tokenizer, settings.max_length, base_model)
-    )
+    records, eval_records = read_training_data(settings)
+    classes = class_names(records, eval_records) if settings.task_type == "SEQ_CLS" else []
+    tokenizer = load_training_tokenizer(settings)
+    base_model = load_base_model(settings, tokenizer, classes)
+    encoding: dict[str, Any] = {"assistant_only_loss": settings.assistant_only_loss, "classes": classes}
+    encoding["task_type"] = settings.task_type
+    dataset = encode_all(records, tokenizer, settings.max_length, base_model, **encoding)
+    eval_dataset = eval_records and encode_all(eval_records, tokenizer, settings.max_length, base_model, **encoding)
+    options = {**lasting_options(settings), "data_digest": digest(dataset)}
+    if checkpoint is not None:
+        check_same_options(checkpoint, options)
     set_seed(settings.seed)
-    with shown_as_command_error(ValueError, TypeError):
-        arguments = training_arguments(settings, has_eval_data=eval_dataset is not None)
-        model = get_peft_model(base_model, config)
-    obstacle = why_not_served(base_model.config, config)
-    with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
-        settings.output.mkdir(parents=True, exist_ok=True)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.print_trainable_parameters()
-    print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")
-    if settings.overwrite:
-        for leftover in checkpoints(settings.output):
-            shutil.rmtree(leftover)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        data_collator=Collator(padding_id(tokenizer)),
-    )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    save_adapter(model, tokenizer, settings.output)
+    with made_directory(settings.output):
+        with shown_as_command_error(ValueError, TypeError, RuntimeError, ImportError):
+            arguments = training_arguments(settings)
+            model = get_peft_model(base_model, config, revision=settings.revision)
+            if settings.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=dataset,
+                eval_dataset=eval_dataset,
+                data_collator=Collator(padding_id(tokenizer)),
+                compute_metrics=accuracy if settings.task_type == "SEQ_CLS" else None,
+                callbacks=callbacks(settings, options),
+            )
+        repository = hub_repository(settings)
+        if settings.overwrite:
+            for leftover in checkpoints(settings.output):
+                shutil.rmtree(leftover)
+        model.print_trainable_parameters()
+        obstacle = why_not_served(base_model.config, config)
+        print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.is_world_process_zero():
+        save_adapter(model, tokenizer, settings.output)
+        report(settings, trainer, dataset)
+        if repository is not None:
+            upload(model, tokenizer, repository, settings)
     return model
 
 
-def training_arguments(settings: TrainingSettings, has_eval_data: bool) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings) -> TrainingArguments:
     """Say in the Trainer's words what the settings say."""
+    keeps_best = settings.load_best_model_at_end
+    by_steps = settings.eval_strategy == "steps"
+    eval_steps = settings.eval_steps or settings.logging_steps  # the Trainer's rule
+    save_steps = settings.save_steps or (eval_steps if keeps_best and by_steps else 500)
     return TrainingArguments(
         output_dir=str(settings.output),
         learning_rate=settings.learning_rate,
@@ -147,107 +134,210 @@ def training_arguments(settings: TrainingSettings, has_eval_data: bool) -> Train
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         seed=settings.seed,
-        save_steps=settings.save_steps,
+        bf16=settings.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # or it takes no bf16 there
+        save_strategy="epoch" if keeps_best and not by_steps and settings.save_steps is None else "steps",
+        save_steps=save_steps,
         save_total_limit=settings.keep_checkpoints,
         logging_steps=settings.logging_steps,
-        eval_strategy="epoch" if has_eval_data else "no",
+        eval_strategy=settings.eval_strategy or "no",
+        eval_steps=eval_steps if by_steps else None,
+        load_best_model_at_end=keeps_best,
+        metric_for_best_model=settings.metric_for_best_model if keeps_best else None,
         disable_tqdm=not settings.progress,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        report_to="none",
+        report_to=settings.report_to,
     )
 
 
+def callbacks(settings: TrainingSettings, options: dict[str, Any]) -> list[Any]:
+    """Return what the Trainer is to call besides its own."""
+    patience = settings.early_stopping_patience
+    return [OptionsInCheckpoints(options), *([] if patience is None else [EarlyStoppingCallback(patience)])]
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the fraction of texts whose likeliest class is theirs."""
+    predictions, labels = prediction.predictions, np.asarray(prediction.label_ids)
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return {"accuracy": float((logits.argmax(-1) == labels.reshape(-1)).mean())}
+
+
+# ---------------------------------------------------------------------------------------------------- the data
+
+
+def read_training_data(settings: TrainingSettings) -> tuple[list[Any], list[Any] | None]:
+    """
+    Read the records to train on and those to evaluate on.
+
+    Raises:
+        CommandError: If they cannot be read, or there are too few to hold some out.
+    """
+
+    def read(source: str, split: str) -> list[Any]:
+        return read_records(source, settings.task_type, split, settings.data_config)
+
+    fraction = settings.eval_fraction
+    if settings.eval_split is not None and fraction is None and has_one_split(settings.data):
+        raise CommandError(
+            f"--eval-split {settings.eval_split}: {settings.data} is a file, which has no splits. Give a fraction to hold out, "
+            "or a file by --eval-data."
+        )
+    records = read(settings.data, settings.data_split)
+    if settings.eval_data is not None:
+        return records, read(settings.eval_data, settings.data_split)
+    if fraction is not None:
+        return held_out(records, fraction, settings.seed)
+    return records, None if settings.eval_split is None else read(settings.data, settings.eval_split)
+
+
+def held_out(records: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """
+    Take records out at random for evaluation, at least one.
+
+    Raises:
+        CommandError: If none would be left to train on.
+    """
+    number = max(1, round(len(records) * fraction))
+    if number >= len(records):
+        raise CommandError(f"--eval-split {fraction}: of {len(records)} records none would be left to train on.")
+    chosen = set(random.Random(seed).sample(range(len(records)), number))
+    return (
+        [record for index, record in enumerate(records) if index not in chosen],
+        [record for index, record in enumerate(records) if index in chosen],
+    )
+
+
+def class_names(records: Sequence[LabelledText], eval_records: Sequence[LabelledText] | None) -> list[str]:
+    """
+    Return the names of the classes, in the order of their numbers.
+
+    Raises:
+        CommandError: If there are fewer than two, or the evaluation data have another.
+    """
+    names = {record.label for record in records}
+    are_numbers = all(name.isdecimal() for name in names)
+    unknown = {record.label for record in eval_records or ()} - names
+    if unknown:
+        raise CommandError(
+            f"The evaluation data have the class {min(unknown)!r}, which the training data do not have."
+        )
+    if len(names) < 2:
+        raise CommandError(f"The training data have one class only, {min(names)!r}; expected at least two.")
+    return sorted(names, key=int) if are_numbers else sorted(names)
+
+
+def load_training_tokenizer(settings: TrainingSettings) -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer, with the chat template that the settings give."""
+    template = None
+    if settings.chat_template_path is not None:
+        with shown_as_command_error(OSError, UnicodeDecodeError, while_doing="Cannot read --chat-template-path"):
+            template = settings.chat_template_path.read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(settings.model, settings.source)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_base_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, classes: list[str]) -> Any:
+    """Load the model to train a prefix for; a classifier with these classes."""
+    changes: dict[str, Any] = {}
+    if classes:
+        changes = {
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+        }
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        changes["pad_token_id"] = padding_id(tokenizer)  # decoders find the last token by it
+    return load_model(settings.model, settings.dtype, settings.task_type, settings.source, settings.bits, **changes)
+
+
 def encode_all(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, model: nn.Module
+    records: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    model: nn.Module,
+    task_type: str = "CAUSAL_LM",
+    classes: Sequence[str] = (),
+    assistant_only_loss: bool = True,
 ) -> list[EncodedRecord]:
     """
     Encode the records, and say on stderr how many are longer than what the model gets to see.
 
     Args:
-        records (`Sequence[Record]`): The records.
+        records (`Sequence`): The records.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         max_length (`int`): The most tokens per record, if the model has as many positions.
         model (`nn.Module`): The model that is to read them.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): What the model is for.
+        classes (`Sequence[str]`): The names of the classes, for a classifier.
+        assistant_only_loss (`bool`, defaults to `True`): Whether the loss in conversations is on what the assistant says.
 
     Raises:
         CommandError: If the tokenizer is not that of the model.
     """
-    encoded = [encode(record, tokenizer) for record in records]
+
+    def encoded_record(record: Any, limit: int | None) -> EncodedRecord:
+        if isinstance(record, Chat):
+            return encode_chat(record, tokenizer, limit, assistant_only_loss)
+        if isinstance(record, LabelledText):
+            tokens = list(tokenizer(record.text, truncation=limit is not None, max_length=limit)["input_ids"])
+            return EncodedRecord(tokens, [classes.index(record.label)])
+        return (encode_for_decoder if task_type == "SEQ_2_SEQ_LM" else encode)(record, tokenizer, limit)
+
+    def length(record: EncodedRecord) -> int:
+        return max(len(record.token_ids), len(record.labels))
+
+    encoded = [encoded_record(record, None) for record in records]
     check_vocabulary(model, tokenizer, [record.token_ids for record in encoded])
     max_length = min(max_length, num_positions(model) or max_length)
-    num_long = sum(len(record.token_ids) > max_length for record in encoded)
+    num_long = sum(length(record) > max_length for record in encoded)
     if num_long:
         print(f"{num_long} of {len(records)} records have more than {max_length} tokens and are cut.", file=sys.stderr)
-        encoded = [encode(record, tokenizer, max_length) for record in records]
+        encoded = [encoded_record(record, max_length) for record in records]
     return encoded
 
 
-# ---------------------------------------------------------------------------------------------------- the output directory
+def digest(dataset: Sequence[EncodedRecord]) -> str:
+    """Return a hash of the data as the model reads them."""
+    content = hashlib.sha256()
+    for record in dataset:
+        content.update(json.dumps([record.token_ids, record.labels]).encode())
+    return content.hexdigest()
 
 
-def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path | None:
+# ---------------------------------------------------------------------------------------------------- the Hub
+
+
+def hub_repository(settings: TrainingSettings) -> str | None:
     """
-    Check that the output directory may be written to.
-
-    Returns:
-        `Path`: The checkpoint to go on from, or `None`.
+    Make the repository that the adapter is to go to, if it is to go to one, and return its whole name.
 
     Raises:
-        CommandError: If it may not, or if its checkpoint is of an adapter with another configuration.
+        CommandError: If the Hub refuses.
     """
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output must be a directory, {output} is a file.")
-    is_used = output.is_dir() and any(output.iterdir())
-    complete = checkpoints(output, complete_only=True)
-    if not is_used or settings.overwrite:
+    if not settings.push_to_hub:
         return None
-    if not settings.resume:
-        raise CommandError(
-            f"The output directory {output} is not empty. Use --resume to go on from its last checkpoint, --overwrite to "
-            "train anew into it, or another --output."
-        )
-    if not complete:
-        raise CommandError(f"--resume: {output} is not empty but has no complete checkpoint. Use --overwrite.")
-    check_same_config(complete[-1], config, settings.model)
-    return complete[-1]
+    name = settings.hub_model_id or settings.output.resolve().name
+    with shown_as_command_error(Exception, while_doing=f"--push-to-hub: cannot write to the repository {name!r}"):
+        return create_repo(name, private=settings.hub_private_repo or None, exist_ok=True).repo_id
 
 
-def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:
+def upload(model: PeftModel, tokenizer: PreTrainedTokenizerBase, repository: str, settings: TrainingSettings) -> None:
     """
-    Check that a checkpoint is of an adapter with this configuration, of this base model.
+    Upload the adapter, its card and the tokenizer.
 
     Raises:
-        CommandError: If it is not.
+        CommandError: If that fails. The adapter is in the output directory then.
     """
-    saved = load_adapter_config(str(checkpoint))
-    inherited = {item.name for item in dataclasses.fields(PeftConfig)}
-    names = [item.name for item in dataclasses.fields(PrefixPlusConfig) if item.name not in inherited]
-    differing = [
-        f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here"
-        for name in names
-        if getattr(saved, name, None) != getattr(config, name)
-        and (name, getattr(config, name)) != ("position_free", None)  # the saved one has what it resolved to
-    ]
-    base = saved.base_model_name_or_path
-    if base is not None and Path(base).absolute() != Path(model).absolute():
-        differing.append(f"the base model is {base!r} there and {model!r} here")
-    if differing:
-        raise CommandError(
-            f"--resume: the checkpoint {checkpoint} is of another adapter ({'; '.join(differing)}). Repeat the options "
-            "that it was trained with, or use --overwrite."
-        )
-
-
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Save the adapter, its card and the tokenizer, all files together."""
-    with saving_together(output) as folder:
-        if (output / "README.md").exists():
-            shutil.copy(output / "README.md", folder)  # PEFT updates the card that it finds
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    update_model_card(str(output))  # of all adapters that lie there
+    doing = f"The adapter is in {settings.output}, but it cannot be uploaded to {repository!r}"
+    with shown_as_command_error(Exception, while_doing=doing):
+        model.push_to_hub(repository)
+        tokenizer.push_to_hub(repository)
+    print(f"The adapter is on the Hub: {repository}")

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SCALING_SIZE, joint_config, save_base
+from command import EXAMPLES, WORDS, failure, run, training, word_tokenizer, write_lines
+from models import SCALING_SIZE, joint_config
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
 )
 
@@ -35,57 +34,6 @@ from peft_prefix_plus.training.checkpoints import checkpoints
 
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["<end>", "<start>", "the", "a", "table", "is", "red", "blue", "chair", "green", "big", "cup", "box", "on"]
-EXAMPLES = [
-    {"prompt": "red table", "completion": "the table is red"},
-    {"prompt": "blue chair", "completion": "the chair is blue"},
-    {"prompt": "green cup", "completion": "the cup is green"},
-    {"prompt": "big box", "completion": "the box is big"},
-]
-
-
-def word_tokenizer(adds_start: bool = False) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if adds_start:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a tiny random model with a tokenizer of words."""
-    return save_base(tmp_path_factory.mktemp("base"), word_tokenizer())
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "data.jsonl", EXAMPLES)
-
-
-def write_lines(path: Path, objects: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in objects), encoding="utf-8")
-    return path
-
-
-def run(*arguments: object) -> None:
-    """Run the command, which must succeed."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 0, stop.value.code
-
-
-def failure(*arguments: object) -> str:
-    """Run the command, which must stop with a message, and return it."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("Error: "), stop.value.code
-    return stop.value.code
-
-
-def training(base: Path, data: Path, output: Path, *more: object) -> list[object]:
-    options = ["--num-virtual-tokens", 4, "--batch-size", 2, "--no-progress", "--learning-rate", 0.05]
-    return ["train", "--model", base, "--data", data, "--output", output, *options, *more]
 
 
 # ---------------------------------------------------------------------------------------------------- train, generate
@@ -183,7 +131,7 @@ def test_text_records_and_gradient_checkpointing_and_evaluation(
         ('\n["a"]\n', 'line 2: expected a JSON object, found ["a"]'),
         (
             '{"instruction": "a", "output": "b"}',
-            "expected the keys 'prompt' and 'completion', or the key 'text'; found",
+            "expected the keys 'prompt' and 'completion', or the key 'text', or the key 'messages'; found",
         ),
         ('{"text": "a", "prompt": "b", "completion": "c"}', "line 1: expected the keys"),
         ('{"prompt": "a", "completion": 3}', "line 1: 'completion' must be a string, found 3"),

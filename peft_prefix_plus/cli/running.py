@@ -1,0 +1,81 @@
+"""`prefix-plus run`: another Python program, in this process, in which PEFT knows the method."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError, shown_as_command_error
+
+
+def run_program(program: str, arguments: Sequence[str], is_module: bool = False) -> None:
+    """
+    Run a program as Python would, and end the process with its exit code.
+
+    Args:
+        program (`str`): A Python file or folder, or the name of a command that a Python package installs.
+        arguments (`Sequence[str]`): Its arguments.
+        is_module (`bool`, defaults to `False`): The program is a module's name, as after `python -m`.
+
+    Raises:
+        CommandError: If there is no such program.
+        SystemExit: When it ends.
+    """
+    start = _module(program) if is_module else _file(program) or _command(program)
+    sys.argv = [program, *arguments]
+    try:
+        sys.exit(start())
+    except Exception:  # noqa: BLE001 (as at the end of any Python program, not as an error of this command)
+        traceback.print_exc()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.exit(130)
+
+
+def _module(name: str) -> Callable[[], Any]:
+    sys.path[0] = os.getcwd()
+    with shown_as_command_error(ImportError, ValueError, while_doing=f"Cannot run the module {name!r}"):
+        found = importlib.util.find_spec(name)
+    if found is None:
+        raise CommandError(f"Cannot run the module {name!r}: there is none of this name.")
+
+    def start() -> None:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+    return start
+
+
+def _file(program: str) -> Callable[[], Any] | None:
+    """Return what runs a file, or a folder with a `__main__.py`; `None` if there is none."""
+    path = Path(program)
+    if not path.exists():
+        return None
+    if path.is_file():
+        sys.path[0] = str(path.resolve().parent)
+
+    def start() -> None:
+        runpy.run_path(program, run_name="__main__")
+
+    return start
+
+
+def _command(name: str) -> Callable[[], Any]:
+    """Return the function that an installed command calls."""
+    commands = list(entry_points(group="console_scripts", name=name))
+    if commands:
+        return lambda: commands[0].load()()
+    other = shutil.which(name)
+    reason = f"{other} is no command of a Python package in this environment" if other else "there is none"
+    raise CommandError(
+        f"Cannot run {name!r}: expected a Python file, or a command of an installed Python package; {reason}. "
+        "A module is run by: prefix-plus run -m MODULE"
+    )

@@ -1,0 +1,161 @@
+"""The output directory of `prefix-plus train`: what may be written there, its checkpoints, and the adapter in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import PrefixPlusConfig
+from ..saving.files import update_model_card, write_atomically
+from ..saving.together import saving_together
+from ..training.checkpoints import checkpoints
+from .errors import CommandError, shown_as_command_error
+from .loading import load_adapter_config
+from .training_settings import TrainingSettings
+
+
+OPTIONS_FILE = "training_options.json"
+"""In a checkpoint: the options that training goes on with, or not at all."""
+
+
+def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path | None:
+    """
+    Check that the output directory may be written to.
+
+    Returns:
+        `Path`: The checkpoint to go on from, or `None`.
+
+    Raises:
+        CommandError: If it may not, or if its checkpoint is of an adapter with another configuration.
+    """
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output must be a directory, {output} is a file.")
+    is_used = output.is_dir() and any(output.iterdir())
+    complete = [path for path in checkpoints(output, complete_only=True) if _has_options(path)]
+    if not is_used or settings.overwrite:
+        return None
+    if not settings.resume:
+        raise CommandError(
+            f"The output directory {output} is not empty. Use --resume to go on from its last checkpoint, --overwrite to "
+            "train anew into it, or another --output."
+        )
+    if not complete:
+        raise CommandError(f"--resume: {output} is not empty but has no complete checkpoint. Use --overwrite.")
+    check_same_config(complete[-1], config, settings.model)
+    check_same_options(complete[-1], lasting_options(settings))
+    return complete[-1]
+
+
+@contextmanager
+def made_directory(directory: Path) -> Iterator[None]:
+    """Make a directory, and take it away again if what is done in the context fails before anything lies in it."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+
+
+def _has_options(checkpoint: Path) -> bool:
+    """Tell whether the last file of a checkpoint was written."""
+    try:
+        return isinstance(json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def lasting_options(settings: TrainingSettings) -> dict[str, Any]:
+    """Return the options that a training keeps from its start to its end; the data are compared by their content."""
+    left_out = {"model", "data", "data_config", "data_split", "eval_split", "chat_template_path", "max_length"}
+    return {
+        item.name: getattr(settings, item.name)
+        for item in dataclasses.fields(settings)
+        if not item.metadata.get("may_change") and item.name not in left_out
+    }
+
+
+def check_same_options(checkpoint: Path, options: dict[str, Any]) -> None:
+    """
+    Check that a checkpoint was trained with these options.
+
+    Raises:
+        CommandError: If it was not.
+    """
+    saved = json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8"))
+    differing = [
+        f"`{name}` was {saved.get(name)!r} and is {value!r} now"
+        for name, value in options.items()
+        if saved.get(name) != value
+    ]
+    if differing:
+        raise CommandError(
+            f"--resume: the checkpoint {checkpoint} was trained with other options ({'; '.join(differing)}). Repeat the "
+            "options that it was trained with, or use --overwrite."
+        )
+
+
+class OptionsInCheckpoints(TrainerCallback):
+    """Writes the options into each checkpoint, as its last file."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            write_atomically(str(checkpoint / OPTIONS_FILE), json.dumps(self.options, indent=2) + "\n")
+
+
+def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:
+    """
+    Check that a checkpoint is of an adapter with this configuration, of this base model.
+
+    Raises:
+        CommandError: If it is not.
+    """
+    saved = load_adapter_config(str(checkpoint))
+    inherited = {item.name for item in dataclasses.fields(PeftConfig)}
+    names = [item.name for item in dataclasses.fields(PrefixPlusConfig) if item.name not in inherited]
+    differing = [
+        f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here"
+        for name in names
+        if getattr(saved, name, None) != getattr(config, name)
+        and (name, getattr(config, name)) != ("position_free", None)  # what that comes to is in the saved one
+    ]
+    base = saved.base_model_name_or_path
+    if base is not None and Path(base).absolute() != Path(model).absolute():
+        differing.append(f"the base model is {base!r} there and {model!r} here")
+    if differing:
+        raise CommandError(
+            f"--resume: the checkpoint {checkpoint} is of another adapter ({'; '.join(differing)}). Repeat the options "
+            "that it was trained with, or use --overwrite."
+        )
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+    """Save the adapter, its card and the tokenizer, all files together."""
+    with saving_together(output) as folder:
+        if (output / "README.md").exists():
+            shutil.copy(output / "README.md", folder)  # PEFT updates the card that it finds
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if model.peft_config["default"].task_type == "SEQ_CLS":
+            config: Any = model.get_base_model().config
+            config.save_pretrained(folder)  # the names of the classes
+    update_model_card(str(output))  # of all adapters that lie there
