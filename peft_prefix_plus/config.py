@@ -388,8 +388,14 @@ class PrefixPlusConfig(PeftConfig):
             ValueError: If there is no configuration, it is broken, or the weights beside it were saved with another one.
         """
         source = pretrained_model_name_or_path
-        with naming_file(os.path.join(source, subfolder or "", CONFIG_NAME)):
-            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        path = os.path.join(source, subfolder or "", CONFIG_NAME)
+        try:
+            with naming_file(path):
+                config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            if CONFIG_NAME in str(error):
+                raise
+            raise ValueError(f"{path} is no valid configuration: {error}") from error
         hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         weights = find_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):

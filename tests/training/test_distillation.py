@@ -135,7 +135,7 @@ def test_teacher_and_student_see_the_same_answers_in_templates_without_a_system_
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE])
 def test_a_window_ends_before_the_prompt_even_where_the_tokenizer_knows_no_word_of_it(template, monkeypatch):
-    monkeypatch.setattr("documents.VOCABULARY", [*SPECIAL, "?", "red"])
+    monkeypatch.setattr("chat_models.VOCABULARY", [*SPECIAL, "?", "red"])
     chat = Chat(chat_tokenizer(template))
     window = chat.of_text("red")
     is_system = bool(window.messages)
