@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 from beyond_text import UNBUILDABLE, cases, inputs_of, numbers_of
-from models import adapter_parameters, assert_unchanged, state_of
+from models import adapter_parameters, assert_unchanged, joint_config, state_of
 from peft import PeftModel, get_peft_model
 from test_models import attention_classes, report
 from tiny_models import Case, tiny_model
-
-from peft_prefix_plus import PrefixPlusConfig
 
 
 SAMPLE = {
@@ -96,7 +94,8 @@ def test_an_architecture_works_with_a_prefix_or_says_why_not(case: Case, tmp_pat
     inputs = inputs_of(model)
     expected = None if inputs is None else numbers_of(model, inputs)
     # keys and values of both signs and unit size: they visibly change what the model computes
-    config = PrefixPlusConfig(num_virtual_tokens=3, init_weights=False)
+    # joint: a share of the softmax is seen however small a model's scores are
+    config = joint_config(num_virtual_tokens=3, init_weights=False)
     try:
         tuned = get_peft_model(model, config).eval()
     except ValueError as error:
