@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.cli.running import run_program
 
 
 ROOT = Path(__file__).parents[2]
@@ -86,3 +87,12 @@ def test_an_error_of_the_program_is_shown_as_python_does(tmp_path: Path) -> None
 def test_what_is_no_program_is_refused_in_words(tmp_path: Path) -> None:
     assert "expected a Python file, or a command of an installed Python package" in failure("run", "no-such-program")
     assert "there is none of this name" in failure("run", "-m", "no_such_module")
+
+
+def test_a_program_leaves_the_search_path_as_it_was(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text("import sys\nsys.path.insert(0, 'elsewhere')\n", encoding="utf-8")
+    arguments, path = list(sys.argv), list(sys.path)
+    with pytest.raises(SystemExit):
+        run_program(str(script), ["--option"])
+    assert (sys.argv, sys.path) == (arguments, path)

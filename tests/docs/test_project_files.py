@@ -48,7 +48,7 @@ def test_workflows_call_make_targets_only(path: Path) -> None:
 def test_the_checks_are_those_of_the_local_run() -> None:
     local = set(re.findall(r"^(make [a-z-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE))
     jobs = load(ROOT / ".github" / "workflows" / "checks.yml")["jobs"]
-    assert {line for job in jobs.values() for line in commands(job)} == local | {"make test-gpu"}
+    assert {line for job in jobs.values() for line in commands(job)} == local | {"make test-gpu", "make test-serving"}
 
 
 def test_the_checks_run_on_every_python_that_is_supported() -> None:
