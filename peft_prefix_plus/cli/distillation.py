@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from ..config import PrefixPlusConfig
-from ..training.checkpoints import checkpoints
+from ..training.checkpoints import checkpoints, remove_checkpoints
 from ..training.distill import CONVERSATIONS_FILE, RUN_FILE, STARTS, Prompt, distill
 from ..training.self_study import TEMPLATES, SelfStudy
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
@@ -235,8 +234,7 @@ def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> No
     if not (output.is_dir() and any(output.iterdir())):
         return
     if settings.overwrite:
-        for leftover in checkpoints(output):
-            shutil.rmtree(leftover)
+        remove_checkpoints(output)
         for name in (CONVERSATIONS_FILE, RUN_FILE):
             (output / name).unlink(missing_ok=True)
     elif not settings.resume:

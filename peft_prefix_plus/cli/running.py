@@ -33,17 +33,21 @@ def run_program(program: str, arguments: Sequence[str], is_module: bool = False)
     try:
         start = _module(program) if is_module else _file(program) or _command(program)
         sys.argv = [program, *arguments]
+        _end_with(start)
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+def _end_with(start: Callable[[], Any]) -> None:
+    """Exit as Python does when a program has run."""
+    try:
         sys.exit(start())
-    except CommandError:
-        raise
     except Exception:  # noqa: BLE001 (as at the end of any Python program, not as an error of this command)
         traceback.print_exc()
         sys.exit(1)
     except KeyboardInterrupt:
         traceback.print_exc()
         sys.exit(130)
-    finally:
-        sys.argv, sys.path[:] = before
 
 
 def _module(name: str) -> Callable[[], Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from transformers import (
 
 from ..config import SERVABLE, PrefixPlusConfig
 from ..serving.folding import why_not_served
-from ..training.checkpoints import checkpoints
+from ..training.checkpoints import remove_checkpoints
 from .chat import encode_chat
 from .errors import CommandError, shown_as_command_error
 from .loading import load_model, load_tokenizer, num_positions
@@ -105,8 +104,7 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
             )
         repository = hub_repository(settings)
         if settings.overwrite:
-            for leftover in checkpoints(settings.output):
-                shutil.rmtree(leftover)
+            remove_checkpoints(settings.output)
         model.print_trainable_parameters()
         obstacle = why_not_served(base_model.config, config)
         print("vLLM can serve this adapter." if obstacle is None else f"vLLM cannot serve this adapter: {obstacle}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -16,6 +17,12 @@ def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
         if number.isdigit() and path.is_dir() and (not complete_only or _is_complete(path)):
             numbered[int(number)] = path
     return [numbered[number] for number in sorted(numbered)]
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Remove all checkpoints in a directory."""
+    for checkpoint in checkpoints(output):
+        shutil.rmtree(checkpoint)
 
 
 def _is_complete(checkpoint: Path) -> bool:
