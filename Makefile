@@ -7,7 +7,7 @@ SERVE_VENV ?= .venv-serve
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models test-oldest test-serving test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
+.PHONY: help install demo test coverage test-models test-oldest test-serving test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,6 +24,9 @@ demo: install ## teach a small model, or MODEL=a directory or a name on the Hub,
 
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
+
+coverage: install ## run the test suite and list the lines and branches that it does not reach
+	$(BIN)/pytest -n auto --cov --cov-report=term-missing:skip-covered
 
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
