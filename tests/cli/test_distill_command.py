@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
