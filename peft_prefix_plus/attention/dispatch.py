@@ -139,7 +139,7 @@ def _attend_with_prefix(call: AttentionCall) -> AttentionOutput:
             # the unused rest of a static cache
             key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
-        if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.key.shape[1]):
+        if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.length):
             attend = partial(attend_as_base, implementation=implementation, eager=eager)
             return concatenated_flash_attention(attend, call._replace(key=key, value=value))
         mask = None if flash_mask.is_implied() and not _is_special(kwargs) else flash_mask.dense()
