@@ -42,6 +42,13 @@ GENERATION: dict[str, Any] = {
 """What the model's own settings of generation say, and each row has for itself."""
 
 
+STOPPING = "The server is stopping."
+
+
+class StoppedError(Exception):
+    """A batcher takes no more rows."""
+
+
 class Batcher:
     """
     The thread that the model runs in.
@@ -73,10 +80,13 @@ class Batcher:
 
         Args:
             make_rows (`Callable`): Returns the rows. No adapter is removed between its call and theirs being in line.
+
+        Raises:
+            StoppedError: If the batcher has been stopped.
         """
         with self._changed:
             if self._is_stopping:
-                raise RuntimeError("The server is stopping.")
+                raise StoppedError(STOPPING)
             rows = list(make_rows(self._model))
             self._waiting += rows
             self._changed.notify()
@@ -123,7 +133,7 @@ class Batcher:
             self._decode_or_fail(self._running)
             self._running = [row for row in self._running if not row.is_over]
         for row in (*self._running, *self._waiting):
-            row.fail("The server is stopping.")
+            row.fail(STOPPING)
 
     def _decode_or_fail(self, rows: Sequence[Row]) -> None:
         """Decode rows. If that fails, decode each alone, so that only those fail whose fault it is."""

@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,7 +27,7 @@ from starlette.exceptions import HTTPException
 
 from .adapted_model import AdaptedModel, LoadedAdapter
 from .adapter_files import adapter_folder
-from .batcher import Batcher
+from .batcher import Batcher, StoppedError
 from .decoding import Progress, Row, Sampling
 from .openai_protocol import (
     Answers,
@@ -78,7 +80,7 @@ def make_app(
         encode (`Callable[[str], list[int]]`): Makes a prompt's tokens.
         settings (`AppSettings`): The rest.
     """
-    server = _Server(model, batcher, tokenizer, encode, settings)
+    endpoints = _Endpoints(model, batcher, tokenizer, encode, settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -87,14 +89,14 @@ def make_app(
         await asyncio.to_thread(batcher.stop)
 
     app = FastAPI(lifespan=lifespan, title="prefix-plus serve", openapi_url=None)
-    authorized = [Depends(server.authorize)]
-    app.get("/health")(server.health)
-    app.get("/v1/models", dependencies=authorized)(server.show_models)
-    app.get("/v1/models/{name:path}", dependencies=authorized)(server.show_model)
-    app.post("/v1/completions", dependencies=authorized, response_model=None)(server.complete)
-    app.post("/v1/chat/completions", dependencies=authorized, response_model=None)(server.chat)
-    app.post("/v1/load_prefix_adapter", dependencies=authorized)(server.load)
-    app.post("/v1/unload_prefix_adapter", dependencies=authorized)(server.unload)
+    authorized = [Depends(endpoints.authorize)]
+    app.get("/health")(endpoints.health)
+    app.get("/v1/models", dependencies=authorized)(endpoints.show_models)
+    app.get("/v1/models/{name:path}", dependencies=authorized)(endpoints.show_model)
+    app.post("/v1/completions", dependencies=authorized, response_model=None)(endpoints.complete)
+    app.post("/v1/chat/completions", dependencies=authorized, response_model=None)(endpoints.chat)
+    app.post("/v1/load_prefix_adapter", dependencies=authorized)(endpoints.load)
+    app.post("/v1/unload_prefix_adapter", dependencies=authorized)(endpoints.unload)
     app.exception_handler(RefusedError)(_show_refusal)
     app.exception_handler(RequestValidationError)(_show_validation)
     app.exception_handler(HTTPException)(_show_http_error)
@@ -102,7 +104,26 @@ def make_app(
     return app
 
 
-class _Server:
+class StoppingServer(uvicorn.Server):
+    """
+    A server whose batcher stops first, so that requests that run are told.
+
+    Args:
+        config (`uvicorn.Config`): What to serve.
+        batcher (`Batcher`): The batcher of its app.
+    """
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
+        super().__init__(config)
+        self._batcher = batcher
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop."""
+        await asyncio.to_thread(self._batcher.stop)
+        await super().shutdown(sockets)
+
+
+class _Endpoints:
     """The app's endpoints."""
 
     def __init__(
@@ -292,7 +313,10 @@ class _Server:
             ]
 
         answers = Answers(body, body.model or self._model.base_name, [len(prompt) for prompt in prompts])
-        rows = self._batcher.submit(make_rows)
+        try:
+            rows = self._batcher.submit(make_rows)
+        except StoppedError as error:
+            raise RefusedError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
         if body.stream:
             return StreamingResponse(_events(rows, progress, answers), media_type="text/event-stream")
         return await _whole_answer(rows, progress, answers, request)

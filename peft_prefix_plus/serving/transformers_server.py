@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,7 @@ from .adapter_files import adapter_folder
 
 
 SHUTDOWN_SECONDS = 5
-"""How long requests that run may take when the server is to stop."""
+"""How long answers may take on their way when the server is to stop."""
 
 PACKAGES = ("fastapi", "uvicorn")
 
@@ -85,9 +86,11 @@ def serve(
     import uvicorn
 
     from .batcher import Batcher
-    from .transformers_app import AppSettings, make_app
+    from .transformers_app import AppSettings, StoppingServer, make_app
 
     batcher = Batcher(model, max_batch_size, max_model_len)
     settings = AppSettings(max_model_len=max_model_len, may_load=may_load, api_key=api_key)
     app = make_app(model, batcher, tokenizer, encode, settings)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    with suppress(KeyboardInterrupt):  # the way to stop it
+        StoppingServer(config, batcher).run()
