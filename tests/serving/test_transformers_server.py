@@ -23,6 +23,7 @@ import torch
 import uvicorn
 from served import VOCABULARY, Reference, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from typing_extensions import Self
 
 from peft_prefix_plus.serving.batcher import Batcher
 from peft_prefix_plus.serving.transformers_app import AppSettings, StoppingServer, make_app
@@ -62,7 +63,7 @@ class Running:
         self.server = StoppingServer(config, self.batcher)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         self.thread.start()
         wait_until(lambda: self.server.started)
         return self
