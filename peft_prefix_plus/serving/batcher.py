@@ -64,7 +64,7 @@ class Batcher:
         self._max_batch_size = max_batch_size
         self._num_positions = num_positions
         self._waiting: deque[Row] = deque()
-        self._changes: deque[Callable[[], None]] = deque()
+        self._changes: deque[tuple[Callable[[AdaptedModel], Any], Future[Any]]] = deque()
         self._running: list[Row] = []
         self._is_stopping = False
         self._changed = threading.Condition()
@@ -93,19 +93,17 @@ class Batcher:
         return rows
 
     def change(self, function: Callable[[AdaptedModel], Result]) -> Future[Result]:
-        """Call a function that changes the model's adapters, between two steps."""
+        """
+        Call a function that changes the model's adapters, between two steps.
+
+        Raises:
+            StoppedError: If the batcher has been stopped.
+        """
         future: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                result = function(self._model)
-            except BaseException as error:  # noqa: BLE001
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
         with self._changed:
-            self._changes.append(run)
+            if self._is_stopping:
+                raise StoppedError(STOPPING)
+            self._changes.append((function, future))
             self._changed.notify()
         return future
 
@@ -116,24 +114,44 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether rows will be answered."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
-        while True:
+        try:
+            while not self._is_stopping:
+                self._go_on()
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._running or self._waiting or self._changes or self._is_stopping)
-                if self._is_stopping:
-                    break
-                changes, self._changes = self._changes, deque()
-            for change in changes:
-                change()
-            with self._changed:
-                while self._waiting and len(self._running) < self._max_batch_size:
-                    self._running.append(self._waiting.popleft())
-                in_use = {row.adapter for row in (*self._running, *self._waiting)}
-                self._model.drop_unnamed(in_use)
+                self._is_stopping = True
+            for row in (*self._running, *self._waiting):
+                row.fail(STOPPING)
+            for _, future in self._changes:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(StoppedError(STOPPING))
+
+    def _go_on(self) -> None:
+        """Wait until there is something to do, and do it until something else is to be done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._waiting or self._changes or self._is_stopping)
+            changes, self._changes = self._changes, deque()
+        for function, future in changes:
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked for it has left
+            try:
+                future.set_result(function(self._model))
+            except Exception as error:  # noqa: BLE001
+                # whatever a broken file raises
+                future.set_exception(error)
+        with self._changed:
+            while self._waiting and len(self._running) < self._max_batch_size:
+                self._running.append(self._waiting.popleft())
+            self._model.drop_unnamed({row.adapter for row in (*self._running, *self._waiting)})
+        if not self._is_stopping:
             self._decode_or_fail(self._running)
             self._running = [row for row in self._running if not row.is_over]
-        for row in (*self._running, *self._waiting):
-            row.fail(STOPPING)
 
     def _decode_or_fail(self, rows: Sequence[Row]) -> None:
         """Decode rows. If that fails, decode each alone, so that only those fail whose fault it is."""

@@ -25,19 +25,23 @@ from .adapted_model import LoadedAdapter
 from .text_stream import TextStream
 
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below this only the likeliest token is left, and the numbers are too large to draw by."""
+
+
 class Sampling:
     """
     How the tokens of one row are chosen.
 
     Args:
-        temperature (`float`): 0 takes the likeliest token.
+        temperature (`float`): 0, or almost, takes the likeliest token.
         top_p (`float`): Draw among the likeliest tokens of this total probability.
         top_k (`int`): Draw among this many of the likeliest tokens; 0 means all.
         seed (`int`, *optional*): What the draws start from; `None` means each time from another.
     """
 
     def __init__(self, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None) -> None:
-        self.is_greedy = temperature == 0.0
+        self.is_greedy = temperature < LOWEST_TEMPERATURE
         self._warpers = LogitsProcessorList()
         if not self.is_greedy and temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(temperature))

@@ -153,27 +153,25 @@ class _Endpoints:
 
     async def health(self) -> Response:
         """Handle GET /health."""
-        return Response()
+        return Response(status_code=HTTPStatus.OK if self._batcher.is_alive else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def show_models(self) -> dict[str, Any]:
         """Handle GET /v1/models: the base model and the adapters."""
-        names = [self._model.base_name, *self._model.adapters]
-        return {"object": "list", "data": [self._card(name) for name in names]}
+        models = {self._model.base_name: self._model.base, **self._model.adapters}
+        return {"object": "list", "data": [self._card(name, adapter) for name, adapter in models.items()]}
 
     async def show_model(self, name: str) -> dict[str, Any]:
         """Handle GET /v1/models/NAME."""
-        self._find(name)
-        return self._card(name)
+        return self._card(name, self._find(name))
 
-    def _card(self, name: str) -> dict[str, Any]:
-        is_base = name == self._model.base_name
+    def _card(self, name: str, adapter: LoadedAdapter) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "peft-prefix-plus",
-            "root": self._find(name).source,
-            "parent": None if is_base else self._model.base_name,
+            "root": adapter.source,
+            "parent": None if adapter is self._model.base else self._model.base_name,
             "max_model_len": self._settings.max_model_len,
         }
 

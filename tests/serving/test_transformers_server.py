@@ -314,12 +314,16 @@ def test_adapters_come_and_go_while_it_runs(server: Running, model_path: Path, t
 
 
 def test_the_last_adapter_goes_and_the_first_comes(
-    model_path: Path, tokenizer: Any, paths: dict[str, Path], alone: Reference
+    model_path: Path, tokenizer: Any, paths: dict[str, Path], alone: Reference, tmp_path: Path
 ) -> None:
     base_model = AutoModelForCausalLM.from_pretrained(model_path)
     names = set(base_model.state_dict())
+    broken = tmp_path / "broken"
+    save_adapter(model_path, broken, 1, num_virtual_tokens=4)
+    (broken / "adapter_model.safetensors").write_bytes(b"not a file of tensors")
     with Running(base_model, tokenizer, {}, may_load=True) as running:
         for name in ("joint", "gated"):
+            assert running.post("/v1/load_prefix_adapter", name="it", path=str(broken))[0] == 400
             assert running.complete("base", [1, 2]).choices[0].token_ids == expected_tokens(alone, "base", [1, 2])
             running.post("/v1/load_prefix_adapter", name="it", path=str(paths[name]))
             assert running.complete("it", [1, 2]).choices[0].token_ids == expected_tokens(alone, name, [1, 2])
