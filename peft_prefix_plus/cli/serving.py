@@ -11,7 +11,7 @@ import torch
 
 from .errors import CommandError, check_numbers, shown_as_command_error
 from .loading import Source, check_dtype, load_model, load_tokenizer, num_positions
-from .records import check_vocabulary, prompt_ids
+from .records import prompt_ids
 
 
 @dataclass(kw_only=True)
@@ -152,7 +152,6 @@ def _serve_by_transformers(settings: ServingSettings, engine: TransformersSettin
         source = Source(engine.revision, engine.trust_remote_code)
         base_model = load_model(settings.model, engine.dtype, source=source)
         tokenizer = load_tokenizer(settings.model, source)
-        check_vocabulary(base_model, tokenizer, [])
         max_model_len = _max_model_len(base_model, engine.max_model_len)
         base_model = base_model.to("cuda" if torch.cuda.is_available() else "cpu")
         model = transformers_server.load_adapters(base_model, settings.model, named_adapters(settings.adapter))

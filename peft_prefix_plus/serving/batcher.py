@@ -41,7 +41,6 @@ GENERATION: dict[str, Any] = {
 }
 """What the model's own settings of generation say, and each row has for itself."""
 
-
 STOPPING = "The server is stopping."
 
 
@@ -74,7 +73,7 @@ class Batcher:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, make_rows: Callable[[AdaptedModel], Sequence[Row]]) -> list[Row]:
+    def submit(self, make_rows: Callable[[], Sequence[Row]]) -> list[Row]:
         """
         Let rows wait for their turn.
 
@@ -87,7 +86,7 @@ class Batcher:
         with self._changed:
             if self._is_stopping:
                 raise StoppedError(STOPPING)
-            rows = list(make_rows(self._model))
+            rows = list(make_rows())
             self._waiting += rows
             self._changed.notify()
         return rows

@@ -98,6 +98,7 @@ def make_app(
     app.post("/v1/load_prefix_adapter", dependencies=authorized)(endpoints.load)
     app.post("/v1/unload_prefix_adapter", dependencies=authorized)(endpoints.unload)
     app.exception_handler(RefusedError)(_show_refusal)
+    app.exception_handler(StoppedError)(_show_stop)
     app.exception_handler(RequestValidationError)(_show_validation)
     app.exception_handler(HTTPException)(_show_http_error)
     app.exception_handler(Exception)(_show_failure)
@@ -188,6 +189,8 @@ class _Endpoints:
             self._model.check_name(body.name)
             folder = await asyncio.to_thread(adapter_folder, body.path)
             await asyncio.wrap_future(self._batcher.change(lambda model: model.load(body.name, folder, body.path)))
+        except StoppedError:
+            raise
         except Exception as error:
             # whatever a broken file raises, the server goes on
             logger.warning("The adapter %r is refused: %s", body.path, error)
@@ -294,7 +297,7 @@ class _Endpoints:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(progress.put_nowait, step)
 
-        def make_rows(_model: AdaptedModel) -> list[Row]:
+        def make_rows() -> list[Row]:
             adapter = self._find(body.model)
             return [
                 Row(
@@ -311,10 +314,7 @@ class _Endpoints:
             ]
 
         answers = Answers(body, body.model or self._model.base_name, [len(prompt) for prompt in prompts])
-        try:
-            rows = self._batcher.submit(make_rows)
-        except StoppedError as error:
-            raise RefusedError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+        rows = self._batcher.submit(make_rows)
         if body.stream:
             return StreamingResponse(_events(rows, progress, answers), media_type="text/event-stream")
         return await _whole_answer(rows, progress, answers, request)
@@ -397,6 +397,11 @@ async def _left(request: Request) -> None:
 async def _show_refusal(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
     return JSONResponse(error_content(error.message, error.status, error.param), status_code=error.status)
+
+
+async def _show_stop(_request: Request, error: Exception) -> Response:
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    return JSONResponse(error_content(str(error), status), status_code=status)
 
 
 async def _show_validation(_request: Request, error: Exception) -> Response:

@@ -25,7 +25,7 @@ from served import VOCABULARY, Reference, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typing_extensions import Self
 
-from peft_prefix_plus.serving.batcher import Batcher
+from peft_prefix_plus.serving.batcher import Batcher, StoppedError
 from peft_prefix_plus.serving.transformers_app import AppSettings, StoppingServer, make_app
 from peft_prefix_plus.serving.transformers_server import load_adapters
 
@@ -502,7 +502,9 @@ def test_requests_that_run_are_told_when_the_server_stops(model_path: Path, toke
         next(stream)
     with pytest.raises(openai.APIError, match="The server is stopping"):
         list(stream)
-    assert not running.batcher._thread.is_alive()
+    assert not running.batcher.is_alive
+    with pytest.raises(StoppedError, match="stopping"):
+        running.batcher.change(lambda model: model.unload("joint"))
 
 
 def test_the_command_serves_until_it_is_stopped(model_path: Path, paths: dict[str, Path], alone: Reference) -> None:
