@@ -36,6 +36,7 @@ from ..probing.recording import evaluating
 from ..probing.targets import select_modules
 from ..saving.together import saving_together
 from ..starting.initialization import initialize_from_key_values
+from .arguments import check_base_model
 from .exactness import (
     check_equal,
     exact_up_to,
@@ -179,11 +180,8 @@ def _check_arguments(adapter: Any, model: Any) -> None:
     if isinstance(adapter, PeftModel):
         if model is not None:
             raise TypeError("`model` must be None where `adapter` is a PeftModel, which has its base model already.")
-    elif isinstance(model, PeftModel) or not isinstance(model, nn.Module) or "peft_config" in vars(model):
-        raise TypeError(
-            f"`model` must be the base model, without adapters, that the adapter {os.fspath(adapter)!r} was trained on; "
-            f"got {type(model).__name__}" + (" with adapters." if isinstance(model, nn.Module) else ".")
-        )
+    else:
+        check_base_model(model, os.fspath(adapter))
 
 
 def _load(
