@@ -11,8 +11,11 @@ The file is one of safetensors. For each attention module, under its name in the
 Its metadata has these strings:
 
 - `layout`: `"prefix-key-values/1"`;
-- `form`: `"joint"`, in the softmax of the real tokens; `"decoupled"`, a softmax of its own that is added; `"gated"`, the same times
-  tanh(g) for each head;
+- `form`, with s the attention module's factor on scores:
+  `"joint"`: K and V stand before the real keys and values, in their softmax;
+  `"decoupled"`: silu(c · tanh(s · Q Kᵀ / c)) V is added to what the module computes of the real ones, with c the `score_cap`;
+  `"gated"`: tanh(g) · softmax(s · Q Kᵀ) V is added;
+- `score_cap`: c, only in the decoupled form;
 - `queries`: the queries that meet the keys: `"rotated"`, as the attention module computes them (the prefix has fixed positions, and the
   real tokens keep theirs), or `"unrotated"`, before their rotary position. Without rotary positions the two are the same;
 - `modules`: the names of the attention modules, in the model's order, as a JSON list;
@@ -38,6 +41,7 @@ from torch import nn
 
 from ..adapters.lookup import layers_with_adapter
 from ..adapters.snapshot import all_or_nothing
+from ..attention.added import DECOUPLED_CAP
 from ..config import PrefixPlusConfig, shortened
 from ..layer import GATE_SCALE
 from ..probing.recording import evaluating
@@ -126,10 +130,12 @@ def to_key_values(
         "revision": config.revision,
         "task_type": config.task_type,
     }
+    form = "gated" if config.gating else "decoupled" if config.decoupled else "joint"
     metadata = {
         "format": "pt",
         "layout": LAYOUT,
-        "form": "gated" if config.gating else "decoupled" if config.decoupled else "joint",
+        "form": form,
+        **({"score_cap": str(DECOUPLED_CAP)} if form == "decoupled" else {}),
         "queries": "unrotated" if is_unrotated else "rotated",
         "num_virtual_tokens": str(config.num_virtual_tokens),
         "modules": json.dumps([name for name, _ in layers]),
@@ -238,6 +244,8 @@ def read_key_values(path: str | os.PathLike[str]) -> KeyValuesFile:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     known = {"layout": (LAYOUT,), "form": tuple(FORMS), "queries": ("rotated", "unrotated")}
+    if metadata.get("form") == "decoupled":
+        known["score_cap"] = (str(DECOUPLED_CAP),)
     for name, allowed in known.items():
         if metadata.get(name) not in allowed:
             raise ValueError(
