@@ -35,7 +35,7 @@ from ..saving.files import CONFIG_NAME, write_atomically
 from ..saving.together import saving_together
 from ..saving.weights import naming_file
 from ..starting.initialization import initialize_from_key_values
-from .arguments import check_base_model
+from .arguments import check_base_model, task_type_of
 from .flatten import prefix_key_values
 
 
@@ -159,7 +159,7 @@ def from_adapterhub(
         config = PrefixPlusConfig(
             num_virtual_tokens=fields["prefix_length"],
             base_model_name_or_path=saved.get("model_name") or getattr(base, "name_or_path", None) or None,
-            task_type=_task_type(base),
+            task_type=task_type_of(base),
             decoupled=False,
             position_free=False,
         )
@@ -279,14 +279,6 @@ def _stacks(base: Any) -> dict[str, Stack]:
         num_heads, key_dim, _ = next(iter(shapes))
         stacks[kind] = Stack(dict(enumerate(found, start=first)), (num_heads, key_dim))
     return stacks
-
-
-def _task_type(base: Any) -> str | None:
-    """The task type of a base model's class, as far as PEFT has one."""
-    name = type(base).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel")) and not getattr(base.config, "is_encoder_decoder", False):
-        return "CAUSAL_LM"
-    return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
 
 
 def _fields_of(stacks: Mapping[str, Stack], prefixed: list[str], length: int) -> dict[str, Any]:

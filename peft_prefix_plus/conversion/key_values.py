@@ -49,7 +49,7 @@ from ..probing.targets import select_modules
 from ..saving.together import saving_together
 from ..saving.weights import naming_file
 from ..starting.initialization import initialize_from_key_values
-from .arguments import check_base_model
+from .arguments import check_base_model, task_type_of
 from .flatten import prefix_key_values
 
 
@@ -201,7 +201,7 @@ def from_key_values(
     """
     check_base_model(model, os.fspath(path))
     file = read_key_values(path)
-    config = _config(file, fields)
+    config = _config(file, {"task_type": file.metadata.get("task_type", task_type_of(model)), **fields})
     key_values = {name: (file.tensors[f"{name}.key"], file.tensors[f"{name}.value"]) for name in file.modules}
     with all_or_nothing(model), evaluating(model):
         if list(select_modules(model, config).modules) != file.modules:
@@ -319,7 +319,6 @@ def _config(file: KeyValuesFile, fields: Mapping[str, Any]) -> PrefixPlusConfig:
     known = {
         "base_model_name_or_path": file.metadata.get("base_model"),
         "revision": file.metadata.get("revision"),
-        "task_type": file.metadata.get("task_type"),
     }
     return PrefixPlusConfig(**{**known, **fields, **fixed})
 
