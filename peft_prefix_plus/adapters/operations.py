@@ -22,7 +22,7 @@ from ..config import PrefixPlusConfig
 from ..registration import PREFIX_PLUS
 from ..saving.files import CARD_NAME, update_model_card, write_atomically, write_model_card
 from ..saving.together import saving_together
-from ..saving.weights import difference_of_settings, find_weights, naming_file, read_weights, write_settings
+from ..saving.weights import difference_of_settings, find_weights, naming_file, read_saved_weights, write_settings
 from .snapshot import Snapshot, all_or_nothing, what_switching_changes
 
 
@@ -93,9 +93,12 @@ class WholeOperations:
             with naming_file(directory):
                 if adapter_name in self.peft_config:
                     _check_same_settings(self, adapter_name, model_id, hub_kwargs)
-                elif os.path.isdir(model_id):
-                    PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
-                return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+                try:
+                    return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+                except Exception:
+                    if os.path.isdir(model_id):
+                        PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
+                    raise
         except BaseException:
             before.restore()
             raise
@@ -169,13 +172,16 @@ def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[st
     adapter's configuration.
     """
     own = model.base_model.resolved_config(name).to_dict()
-    path = find_weights(source, **hub_kwargs)
-    found = [] if path is None else [(path, read_weights(path).settings)]
+    found = []
     try:
-        found.append((f"{CONFIG_NAME} of {source}", PrefixPlusConfig.from_pretrained(source, **hub_kwargs).to_dict()))
+        config, weights = PrefixPlusConfig._with_weights(source, **hub_kwargs)
+        found.append((f"{CONFIG_NAME} of {source}", config.to_dict()))
     except ValueError:
-        if path is None or os.path.exists(os.path.join(os.path.dirname(path), CONFIG_NAME)):
+        weights = read_saved_weights(source, **hub_kwargs)
+        if weights is None or os.path.exists(os.path.join(os.path.dirname(weights.path), CONFIG_NAME)):
             raise  # there is no need of a configuration, but where there is one it must be right
+    if weights is not None:
+        found.insert(0, (weights.path, weights.settings))
     for where, saved in found:
         setting = difference_of_settings(own, saved)
         if setting is not None:
