@@ -131,7 +131,7 @@ class Training:
 
 NOTHING_KNOWN = Training()
 
-SPEEDS = ("_runtime", "_per_second")
+SPEEDS = ("runtime", "per_second")
 """How the names end by which the Trainer logs how long something took."""
 
 
