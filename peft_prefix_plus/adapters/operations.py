@@ -282,7 +282,7 @@ def _remove_outdated_prefix_tuning(folder: str) -> None:
     path = os.path.join(folder, CONFIG_NAME)
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
-            is_ours = json.load(file).get("peft_type") == PeftType.PREFIX_TUNING.value
+            is_ours = f'"peft_type": "{PeftType.PREFIX_TUNING.value}"' in file.read()
         if is_ours:
             shutil.rmtree(folder)
             warnings.warn(

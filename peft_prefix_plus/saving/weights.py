@@ -161,7 +161,7 @@ def _read_remote_header(repo_id: str, name: str, hub_kwargs: Mapping[str, Any]) 
     except Exception:  # noqa: BLE001 - downloading the file says what is wrong
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
-    return SavedWeights(f"{repo_id}/{name}", shapes, _settings_in(header.metadata))
+    return SavedWeights(f"{repo_id}/{name}", shapes, _settings_in(header.metadata or {}))
 
 
 @contextmanager
