@@ -49,10 +49,10 @@ def generate(settings: generation.GenerationSettings) -> None:
     generation.generate(settings)
 
 
-@command(app, {"Options": serving.ServingSettings})
-def serve(settings: serving.ServingSettings) -> None:
+@command(app, {"Options": serving.ServingSettings, "With --engine transformers": serving.TransformersSettings})
+def serve(settings: serving.ServingSettings, transformers_settings: serving.TransformersSettings) -> None:
     """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
-    serving.serve(settings)
+    serving.serve(settings, transformers_settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})

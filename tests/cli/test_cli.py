@@ -718,4 +718,4 @@ def test_serve_says_how_to_install_what_is_missing(base: Path, monkeypatch: pyte
     from peft_prefix_plus.serving import vllm_server
 
     monkeypatch.setattr(vllm_server, "find_spec", lambda name: None)
-    assert "peft-prefix-plus[serve]" in failure("serve", "--model", base)
+    assert "peft-prefix-plus[vllm]" in failure("serve", "--model", base)
