@@ -10,27 +10,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from typing import Any
 
-import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import PrefixPlusConfig
 from ..registration import PREFIX_PLUS
 from ..saving.files import CARD_NAME, prefix_tuning_folder, update_model_card, write_atomically, write_model_card
+from ..saving.prefix_tuning_folder import (
+    Exported,
+    as_prefix_tuning,
+    remove_outdated_prefix_tuning,
+    write_prefix_tuning,
+)
 from ..saving.together import saving_together
 from ..saving.weights import difference_of_settings, find_weights, naming_file, read_saved_weights, write_settings
 from .snapshot import Snapshot, all_or_nothing, what_switching_changes
 
-
-Exported = dict[str, tuple[Any, dict[str, torch.Tensor]]]
-"""By adapter, the configuration and the tensors of PEFT's PREFIX_TUNING that give the same output."""
 
 _PUSHED: ContextVar[Exported | None] = ContextVar("exported", default=None)
 """What the `push_to_hub` in progress adds to what it saves: PEFT's own calls `save_pretrained` without the arguments that it does not know."""
@@ -150,23 +151,23 @@ class WholeOperations:
         saved = [
             name for name in selected_adapters or self.peft_config if self.peft_config[name].peft_type == PREFIX_PLUS
         ]
-        exported = _as_prefix_tuning(self, saved) if include_prefix_tuning else _PUSHED.get() or {}
+        exported = as_prefix_tuning(self, saved) if include_prefix_tuning else _PUSHED.get() or {}
         with all_or_nothing(self, modules=()), saving_together(save_directory) as folder:
             if os.path.exists(os.path.join(save_directory, CARD_NAME)):
                 shutil.copy(os.path.join(save_directory, CARD_NAME), folder)  # PEFT updates the card that it finds
             super().save_pretrained(folder, **options)  # type: ignore[misc]
             for name in saved:
                 _complete_files(self, name, folder if name == "default" else os.path.join(folder, name))
-            _write_prefix_tuning(exported, folder)
+            write_prefix_tuning(exported, folder)
         for name in saved:
             if name not in exported:
-                _remove_outdated_prefix_tuning(os.path.join(save_directory, prefix_tuning_folder(name)))
+                remove_outdated_prefix_tuning(os.path.join(save_directory, prefix_tuning_folder(name)))
         update_model_card(os.fspath(save_directory))
 
     @wraps(PeftModel.push_to_hub)
     def push_to_hub(self: Any, *args: Any, include_prefix_tuning: bool = False, **kwargs: Any) -> Any:
         names = [name for name, config in self.peft_config.items() if config.peft_type == PREFIX_PLUS]
-        pushed = _PUSHED.set(_as_prefix_tuning(self, names) if include_prefix_tuning else None)
+        pushed = _PUSHED.set(as_prefix_tuning(self, names) if include_prefix_tuning else None)
         try:
             return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -244,49 +245,3 @@ def _complete_files(model: Any, name: str, folder: str) -> None:
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if os.path.exists(weights):
         write_settings(weights, fields)
-
-
-# ---------------------------------------------------------------------------------------------------- without this package
-
-
-def _as_prefix_tuning(model: Any, names: list[str]) -> Exported:
-    """Return adapters as PEFT's PREFIX_TUNING has them, or raise if it has none with the same output."""
-    from ..conversion.prefix_tuning import to_prefix_tuning
-
-    if not names:
-        raise ValueError("`include_prefix_tuning` is True, and no PREFIX_PLUS adapter is saved.")
-    folders = {prefix_tuning_folder(name) for name in names}
-    for name in folders.intersection(model.peft_config):
-        raise ValueError(
-            f"The adapter {name!r} is saved in the folder of that name, which `include_prefix_tuning` needs. Name the adapter otherwise."
-        )
-    exported = {}
-    for name in names:
-        try:
-            exported[name] = to_prefix_tuning(model, name)
-        except ValueError as error:
-            raise ValueError(f"`include_prefix_tuning` is True for the adapter {name!r}. {error}") from error
-    return exported
-
-
-def _write_prefix_tuning(exported: Mapping[str, tuple[Any, dict[str, torch.Tensor]]], folder: str) -> None:
-    if exported:
-        from ..conversion.cached_prefix import save_cached_prefix
-
-        for name, (config, tensors) in exported.items():
-            save_cached_prefix(config, tensors, os.path.join(folder, prefix_tuning_folder(name)))
-
-
-def _remove_outdated_prefix_tuning(folder: str) -> None:
-    """Remove what an earlier save has put beside an adapter that is another one now."""
-    path = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            is_ours = f'"peft_type": "{PeftType.PREFIX_TUNING.value}"' in file.read()
-        if is_ours:
-            shutil.rmtree(folder)
-            warnings.warn(
-                f"{folder} held the adapter that was saved there before, and is removed. Save with include_prefix_tuning=True to "
-                "have it of this one.",
-                stacklevel=3,
-            )

@@ -24,7 +24,6 @@ from peft import (
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import nn
 
 from ..adapters.lookup import layers_with_adapter
@@ -34,7 +33,7 @@ from ..model import PrefixPlusModel
 from ..probing.modules import attention_modules
 from ..probing.recording import evaluating
 from ..probing.targets import select_modules
-from ..saving.together import saving_together
+from ..saving.prefix_tuning_folder import save_cached_prefix
 from ..starting.initialization import initialize_from_key_values
 from .arguments import check_base_model
 from .exactness import (
@@ -162,15 +161,6 @@ def to_cached_prefix(
         save_cached_prefix(config, state_dict, save_directory)
     warn_of_length(exact)
     return config, state_dict
-
-
-def save_cached_prefix(
-    config: Any, state_dict: dict[str, torch.Tensor], save_directory: str | os.PathLike[str]
-) -> None:
-    """Write what [`to_cached_prefix`] returns as PEFT writes its adapters, all files together."""
-    with saving_together(save_directory) as folder:
-        save_file(state_dict, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        config.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ what comes in

@@ -134,7 +134,7 @@ def test_a_save_that_fails_leaves_both_forms_of_the_adapter_as_they_were(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("peft_prefix_plus.conversion.cached_prefix.save_file", fail)
+    monkeypatch.setattr("peft_prefix_plus.saving.prefix_tuning_folder.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(tmp_path, include_prefix_tuning=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
