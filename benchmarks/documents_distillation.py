@@ -238,7 +238,8 @@ def perform(
     found = checkpoints(directory, complete_only=True)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     result.update(minutes=clock.record["seconds"] / 60, losses=clock.record["losses"], loss=answer_loss(model, place))
-    result["facts"] = share_of_facts(model, place)
+    if options.facts:
+        result["facts"] = share_of_facts(model, place)
     return result
 
 
@@ -302,7 +303,7 @@ def report(console: Console, base: dict[str, float], results: dict[tuple[str, in
             f"{closed[0]:.0f} %",
             f"{result['loss']:.3f}",
             f"{closed[1]:.0f} %",
-            f"{result['facts']:.2f}",
+            f"{result['facts']:.2f}" if "facts" in result else "",
         ]
         table.add_row(name, str(tokens), *cells)
     console.print(table)
@@ -318,6 +319,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--every", type=int, default=20, help="steps between measurements of the loss")
     parser.add_argument("--recited", action="store_true", help="only answers that are the document's own words")
+    parser.add_argument(
+        "--facts", action=argparse.BooleanOptionalAction, default=True, help="let the model answer too"
+    )
     parser.add_argument("--done", action="store_true", help="report what has been run")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -92,7 +92,8 @@ class WholeOperations:
                 )
             with naming_file(directory):
                 if adapter_name in self.peft_config:
-                    _check_same_settings(self, adapter_name, model_id, hub_kwargs)
+                    if self.peft_config[adapter_name].peft_type == PREFIX_PLUS:  # it may be another method's
+                        _check_same_settings(self, adapter_name, model_id, hub_kwargs)
                 elif os.path.isdir(model_id):
                     PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
                 return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]

@@ -93,7 +93,8 @@ def test_all_methods_learn_from_the_same_conversations_and_a_run_is_not_repeated
     call, directory, tmp_path, capsys, monkeypatch
 ):
     names = ["PREFIX_PLUS", "PREFIX_PLUS, frozen sink", "CARTRIDGE"]
-    arguments = "--tokens 4 --steps 2 --every 1 --recited --conversations 8".split()
+    arguments = ["--tokens", "4", "--steps", "2", "--every", "1", "--recited", "--conversations", "8"]
+    call(main, *arguments, "--methods", *names[:2], "--no-facts")
     call(main, *arguments, "--methods", *names)
     printed = capsys.readouterr().out
     folder = tmp_path / "recited-8"
@@ -107,6 +108,7 @@ def test_all_methods_learn_from_the_same_conversations_and_a_run_is_not_repeated
         assert list(result["losses"]) == ["1", "2"]
         # after the last step nothing is trained
         assert result["losses"]["2"][1] == result["loss"] != result["first_loss"]
+    assert [name for name, result in results.items() if "facts" in result] == ["cartridge-4tokens-2steps"]
     gap = json.loads((tmp_path / "base.json").read_text())
     closed = (gap["loss_without"] - results["cartridge-4tokens-2steps"]["loss"]) / (
         gap["loss_without"] - gap["loss_with"]
