@@ -50,7 +50,7 @@ class Method:
         rate: The learning rate.
         start: `start` of `distill`; `None` for CARTRIDGE, which starts from the document's first tokens by PEFT's own function.
         position_free: See `PrefixPlusConfig`.
-        keeps_sink: Whether the prefix's first key and value stay as they start, those of the document's first token, as CARTRIDGE's do.
+        keeps_sink: Whether the prefix's first keys and values stay as they start, as CARTRIDGE's do.
     """
 
     rate: float

@@ -51,15 +51,15 @@ def load_adapters(
 
     >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
-    >>> lora = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
-    >>> both = get_peft_model(base, PrefixPlusConfig(), adapter_name="prefix")
+    >>> lora = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), adapter_name="style")
+    >>> both = get_peft_model(base, PrefixPlusConfig(), adapter_name="manual")
     >>> directory = tempfile.mkdtemp()
     >>> both.save_pretrained(directory)
 
     >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     >>> loaded = load_adapters(base, directory)
     >>> sorted(loaded)
-    ['lora', 'prefix']
+    ['manual', 'style']
 
     ```
     """

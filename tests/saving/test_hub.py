@@ -86,7 +86,7 @@ model.push_to_hub("user/both")
 config.push_to_hub("user/config")
 
 both = base()
-lora = get_peft_model(both, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False), adapter_name="lora")
+lora = get_peft_model(both, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False), adapter_name="style")
 both = get_peft_model(both, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False), "mine")
 keep_logits("lora and prefix", both)
 facts["lora and prefix"] = both.push_to_hub("user/lora-and-prefix").oid
@@ -271,7 +271,7 @@ def test_a_second_adapter_is_loaded_from_the_hub_beside_the_first(pushed, loaded
 
 def test_lora_and_a_prefix_are_pushed_as_one_commit_and_loaded_by_one_call(hub, pushed, loaded):
     assert hub.repositories["user/lora-and-prefix"].commit_of().oid == pushed.facts["lora and prefix"]
-    for name in ("lora", "mine"):
+    for name in ("style", "mine"):
         assert torch.equal(loaded.logits[f"load_adapters {name}"], pushed.logits["lora and prefix"])
 
 
