@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST_VENV ?= .venv-oldest
 SERVE_VENV ?= .venv-serve
+TOOLS_VENV ?= .venv-tools
 DATA ?= .cache/e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-models test-oldest test-serving test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
+.PHONY: help install demo test coverage test-models test-oldest test-serving test-tools test-soak test-gpu lint format docs compatibility dist bench bench-quality bench-real bench-serving real-model clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,8 +26,20 @@ demo: install ## teach a small model, or MODEL=a directory or a name on the Hub,
 test: install ## run the test suite
 	$(BIN)/pytest -n auto
 
+coverage: install ## run the test suite and list the lines and branches that it does not reach
+	$(BIN)/pytest -n auto --cov --cov-report=term-missing:skip-covered
+
 test-models: install ## test every architecture (minutes on 2 cores) and write docs/models.md
 	$(BIN)/python tests/models_report.py
+
+$(TOOLS_VENV)/.installed: pyproject.toml constraints.txt constraints-tools.txt
+	$(PYTHON) -m venv $(TOOLS_VENV)
+	$(TOOLS_VENV)/bin/pip install --quiet --constraint constraints.txt --constraint constraints-tools.txt \
+		--editable ".[cli,trl]" pytest pytest-timeout bitsandbytes lm-eval onnxruntime onnxscript optimum-quanto sentence-transformers torchao
+	@touch $@
+
+test-tools: $(TOOLS_VENV)/.installed ## run the tests of other packages' tools, in an environment of their own
+	$(TOOLS_VENV)/bin/pytest tests/tools tests/training/test_quantized.py tests/attention/test_compile.py
 
 test-soak: install ## run the long tests: threads, interrupts, drawn examples (at most 40 minutes)
 	$(BIN)/pytest -n auto -m soak
@@ -93,4 +106,4 @@ bench-serving: $(SERVE_VENV)/.installed ## measure requests per second and time 
 	$(SERVE_VENV)/bin/python benchmarks/serving.py --model $(MODEL)
 
 clean: ## remove what the other commands make
-	rm -rf $(VENV) $(OLDEST_VENV) $(SERVE_VENV) dist docs/_build demo-output quality-output
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVE_VENV) $(TOOLS_VENV) dist docs/_build demo-output quality-output

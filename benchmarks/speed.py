@@ -9,6 +9,8 @@ position_free=False as well.
     python benchmarks/speed.py                          # every table, CPU, a 512-wide Llama
     python benchmarks/speed.py --tables train decode    # some tables
     python benchmarks/speed.py --device cuda --shape 1b --dtype bfloat16
+    python benchmarks/speed.py --tables mixed --model PATH --dtype bfloat16     # a saved model in place of a shape
+    python benchmarks/speed.py --tables decode --clock process   # CPU seconds, which other processes disturb less
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_prefix_plus import PrefixPlusConfig
 
@@ -47,6 +49,13 @@ JOINT = "PREFIX_PLUS, joint"
 FIXED = "PREFIX_PLUS, joint, fixed"
 METHODS = (BASELINE, "PREFIX_PLUS", JOINT, FIXED, "LoRA", "bare")
 
+MIXED_BATCH = 50
+MIXED_COUNTS = (1, 8, 50)
+MIXED_BASELINE = "one, active"
+MIXED_FORMS = {"decoupled": {}, "joint": {"decoupled": False}, "gated": {"gating": True}}
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
 Step = Callable[[], None]
 
 
@@ -61,8 +70,12 @@ class Settings:
     prefix: int
     rounds: int
     batches: tuple[int, ...]
+    clock: Callable[[], float] = time.perf_counter
+    model: str | None = None
 
-    def base(self) -> LlamaForCausalLM:
+    def base(self) -> PreTrainedModel:
+        if self.model is not None:
+            return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).to(self.device).eval()
         config = LlamaConfig(
             **SHAPES[self.shape],
             intermediate_size=INTERMEDIATE[self.shape],
@@ -73,20 +86,17 @@ class Settings:
         with torch.device(self.device):
             return LlamaForCausalLM(config).to(self.dtype).eval()
 
-    @property
-    def num_layers(self) -> int:
-        return SHAPES[self.shape]["num_hidden_layers"]
-
     def ids(self, batch: int, tokens: int) -> torch.Tensor:
         return torch.randint(self.vocab_size, (batch, tokens), device=self.device)
 
 
-def top_layers(settings: Settings, share: float) -> list[int]:
+def top_layers(base: PreTrainedModel, share: float) -> list[int]:
     """The uppermost share of the layers."""
-    return list(range(settings.num_layers - round(settings.num_layers * share), settings.num_layers))
+    num_layers = base.config.num_hidden_layers
+    return list(range(num_layers - round(num_layers * share), num_layers))
 
 
-def wrap(settings: Settings, method: str, base: LlamaForCausalLM, layers: list[int] | None = None) -> PreTrainedModel:
+def wrap(settings: Settings, method: str, base: PreTrainedModel, layers: list[int] | None = None) -> PreTrainedModel:
     """Wrap a base model of its own in one of the methods."""
     base = copy.deepcopy(base)
     if method == "bare":
@@ -120,11 +130,11 @@ def interleave(settings: Settings, steps: dict[str, Step], progress: Progress, n
     for round_number in range(settings.rounds + 1):
         for method, step in steps.items():
             synchronize(settings)
-            start = time.perf_counter()
+            start = settings.clock()
             step()
             synchronize(settings)
             if round_number > 0:  # the first warms up
-                seconds[method].append(time.perf_counter() - start)
+                seconds[method].append(settings.clock() - start)
             progress.advance(task)
     progress.remove_task(task)
     return seconds
@@ -172,9 +182,11 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def timing_rows(table: Table, case: str, seconds: dict[str, list[float]], unit: float = 1e3) -> None:
+def timing_rows(
+    table: Table, case: str, seconds: dict[str, list[float]], unit: float = 1e3, baseline: str = BASELINE
+) -> None:
     medians = {method: statistics.median(times) for method, times in seconds.items()}
-    reference = medians.get(BASELINE)
+    reference = medians.get(baseline)
     for method, times in seconds.items():
         low, _, high = statistics.quantiles(times, n=4)
         ratio = f"{medians[method] / reference:.2f}" if reference else "–"
@@ -188,7 +200,7 @@ def train_table(settings: Settings, progress: Progress) -> Table:
     cases = [(tokens, batch, share) for tokens, batch in ((512, 4), (2048, 1)) for share in (1.0, 0.5, 0.25)]
     for tokens, batch, share in cases:
         ids = settings.ids(batch, tokens)
-        layers = None if share == 1.0 else top_layers(settings, share)
+        layers = None if share == 1.0 else top_layers(base, share)
         methods = [BASELINE, "PREFIX_PLUS", JOINT, "LoRA", *([FIXED, "bare"] if share == 1.0 else [])]
         steps = {method: train_step(wrap(settings, method, base, layers), ids) for method in methods}
         name = f"T={tokens}, batch {batch}, {'all' if layers is None else f'top {share:g} of the'} layers"
@@ -273,6 +285,52 @@ def decode_table(settings: Settings, progress: Progress) -> Table:
     return table
 
 
+def mixed_table(settings: Settings, progress: Progress) -> Table:
+    table = new_table(
+        f"A batch of {MIXED_BATCH} rows with adapters of their own, beside one adapter for all rows",
+        "case",
+        "adapters",
+        "ms",
+        "middle half",
+        "ratio",
+    )
+    base, count = settings.base(), max(MIXED_COUNTS)
+    prompt = settings.ids(MIXED_BATCH, 64)
+    mask = torch.ones_like(prompt)
+    for form, fields in MIXED_FORMS.items():
+        model: PreTrainedModel = copy.deepcopy(base)
+        for index in range(count):
+            config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=settings.prefix, **fields)
+            if index == 0:
+                model = get_peft_model(model, config, adapter_name="adapter_0")
+            else:
+                model.add_adapter(f"adapter_{index}", config)
+        model.eval()
+        named: dict[str, dict[str, list[str]]] = {MIXED_BASELINE: {}}
+        for number in MIXED_COUNTS:
+            named[str(number)] = {"adapter_names": [f"adapter_{row % number}" for row in range(MIXED_BATCH)]}
+
+        def generation(names: dict[str, list[str]], tokens: int, model: PreTrainedModel = model) -> Step:
+            def step() -> None:
+                model.generate(
+                    input_ids=prompt,
+                    attention_mask=mask,
+                    max_new_tokens=tokens,
+                    min_new_tokens=tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    **names,
+                )
+
+            return step
+
+        for tokens in (1, 65):
+            case = f"{form}, prefill of 64" if tokens == 1 else f"{form}, and 64 tokens"
+            steps = {name: generation(names, tokens) for name, names in named.items()}
+            timing_rows(table, case, interleave(settings, steps, progress, case), baseline=MIXED_BASELINE)
+    return table
+
+
 def length_table(settings: Settings, progress: Progress) -> Table:
     table = new_table(
         "Training step by prefix length, T=2048, batch 1", "case", "method", "ms", "middle half", "ratio"
@@ -314,6 +372,7 @@ TABLES = {
     "memory": memory_table,
     "prefill": prefill_table,
     "decode": decode_table,
+    "mixed": mixed_table,
     "length": length_table,
     "storage": storage_table,
 }
@@ -323,12 +382,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--model", help="the path of a saved model, in place of the shape and the vocabulary size")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--prefix", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="of the decode table")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what is timed; process: CPU seconds")
     arguments = parser.parse_args()
     settings = Settings(
         arguments.shape,
@@ -338,15 +399,18 @@ def main() -> None:
         arguments.prefix,
         arguments.rounds,
         tuple(arguments.batches),
+        CLOCKS[arguments.clock],
+        arguments.model,
     )
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     console = Console(width=110)
     device = torch.cuda.get_device_name() if settings.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    shape = arguments.model or f"{arguments.shape} shape, vocabulary {arguments.vocab_size}"
     console.print(
         f"{device}, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, peft {peft.__version__}; {arguments.shape} shape, {arguments.dtype}, vocabulary "
-        f"{arguments.vocab_size}, prefix {arguments.prefix}, {arguments.rounds} rounds"
+        f"{transformers.__version__}, peft {peft.__version__}; {shape}, {arguments.dtype}, prefix "
+        f"{arguments.prefix}, {arguments.rounds} rounds, {arguments.clock} time"
     )
     for name in arguments.tables:
         with Progress(console=Console(stderr=True), transient=True) as progress:

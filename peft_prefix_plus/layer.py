@@ -25,6 +25,7 @@ from .attention import (
     concatenated,
     eager_attention_function,
     follow,
+    gathered,
     model_config,
     position_embeddings_of,
     reads_implementation,
@@ -274,7 +275,7 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
         )
 
     def _turned_with_others(self, memo: Memo, prefix: Prefix, name: str) -> Prefix:
-        if prefix.reads != "unrotated" or self.rotation is None:
+        if prefix.reads != "unrotated" or prefix.is_of_rows or self.rotation is None:
             return prefix
         kind = (id(self.rotation), prefix.key.shape, prefix.key.dtype, prefix.key.device)
         return memo.turned.setdefault(kind, TurnedPrefixes(self.rotation)).add((self, name), prefix)
@@ -326,29 +327,28 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
                 yield self.prefix_plus_gate._parameters, adapter_name
 
     def _produce(self, adapter_names: list[str], key: torch.Tensor, value: torch.Tensor) -> ActivePrefixes:
-        prefixes = [self._prefix(name, key.shape[0]).to(key, value) for name in self._present(adapter_names)]
-        joint = [prefix for prefix in prefixes if prefix.is_joint]
-        added = tuple(prefix for prefix in prefixes if not prefix.is_joint)
+        prefixes = {name: self._prefix(name).to(key, value) for name in self._present(adapter_names)}
+        rows = self._rows()
+        if rows is not None:
+            return _of_rows(prefixes, _repeated(rows, key.shape[0]))
+        joint = [prefix for prefix in prefixes.values() if prefix.is_joint]
+        added = tuple(prefix for prefix in prefixes.values() if not prefix.is_joint)
         return concatenated(joint) if joint else None, added
 
-    def _prefix(self, adapter_name: str, batch: int) -> Prefix:
-        """Return an adapter's prefix, masked for the rows of a batch that have another adapter."""
+    def _prefix(self, adapter_name: str) -> Prefix:
+        """Return an adapter's prefix."""
         key, value = self.prefix_key_value(adapter_name)
         if self.training and self.dropout[adapter_name] > 0.0:
             key = nn.functional.dropout(key, self.dropout[adapter_name])
             value = nn.functional.dropout(value, self.dropout[adapter_name])
-        mask, row_adapters = None, self._rows()
-        if row_adapters is not None:
-            if batch % len(row_adapters):
-                raise ValueError(
-                    f"`adapter_names` has {len(row_adapters)} names, but the batch has {batch} rows: it must have "
-                    "one name for each row of the input."
-                )
-            # generation repeats each row of the input for its beams and returned sequences
-            rows = [name == adapter_name for name in row_adapters for _ in range(batch // len(row_adapters))]
-            mask = torch.tensor(rows, dtype=torch.bool, device=key.device)[:, None].expand(-1, key.shape[1])
         reads = "unrotated" if self.reads_unrotated(adapter_name) else "rotated"
-        return Prefix(key, value, mask, self.prefix_plus_gate(adapter_name), self.is_decoupled[adapter_name], reads)
+        return Prefix(
+            key,
+            value,
+            gate=self.prefix_plus_gate(adapter_name),
+            is_decoupled=self.is_decoupled[adapter_name],
+            reads=reads,
+        )
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, whether or not it is active."""
@@ -396,6 +396,34 @@ class PrefixPlusLayer(nn.Module, PrefixPlusModule):
 
     def __repr__(self) -> str:
         return f"{METHOD_NAME}.{super().__repr__()}"
+
+
+def _repeated(rows: list[str], batch: int) -> list[str]:
+    """The adapter of each row of a batch: generation repeats each row of the input for its beams and returned sequences."""
+    if batch % len(rows):
+        raise ValueError(
+            f"`adapter_names` has {len(rows)} names, but the batch has {batch} rows: it must have one name for each row "
+            "of the input."
+        )
+    return [name for name in rows for _ in range(batch // len(rows))]
+
+
+def _of_rows(prefixes: dict[str, Prefix], rows: list[str]) -> ActivePrefixes:
+    """Gather the prefixes of adapters for the rows that use them, those of each form together."""
+    kinds: dict[tuple[bool, bool, str], dict[str, Prefix]] = {}
+    for name, prefix in prefixes.items():
+        # joint prefixes share one softmax, whichever queries they read
+        kind = (prefix.is_joint, prefix.is_decoupled, "" if prefix.is_joint else prefix.reads)
+        kinds.setdefault(kind, {})[name] = prefix
+    joint, added = None, []
+    for (is_joint, *_), alike in kinds.items():
+        index = {name: number for number, name in enumerate(alike)}
+        prefix = gathered(list(alike.values()), [index.get(name) for name in rows])
+        if is_joint:
+            joint = prefix
+        else:
+            added.append(prefix)
+    return joint, tuple(added)
 
 
 def _pass_positions(

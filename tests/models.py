@@ -15,6 +15,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -239,6 +242,13 @@ def latent_model() -> Any:
     latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6)
     sizes = {**DECODER_SIZES, "num_key_value_heads": 4, "first_k_dense_replace": 3}
     return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **latent)).eval()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One word, w0 … w63, for each token of the tiny models; it adds nothing."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 def save_base(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

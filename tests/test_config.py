@@ -66,6 +66,7 @@ WRONG_TYPES = [
     ("cross_prefix", None, "True or False"),
     ("gating", "yes", "True or False"),
     ("decoupled", 1, "True, False or None"),
+    ("compressed_values", 1, "True, False or None"),
     ("layers_to_transform", "all", "list of ints"),
     ("layers_to_transform", [0, "1"], "list of ints"),
     ("layers_to_transform", 1.0, "list of ints"),
@@ -95,6 +96,9 @@ CONTRADICTIONS = [
     ({"gating": True, "init_weights": "zero"}, ["gating", "init_weights", "'zero'"]),
     ({"decoupled": True, "init_weights": "zero"}, ["decoupled", "init_weights", "'zero'", "init_weights=True"]),
     ({"decoupled": True, "gating": True}, ["`gating`", "`decoupled`", "Choose one"]),
+    ({"compressed_values": True, "decoupled": False}, ["`compressed_values=True`", "decoupled=False", "Leave it None"]),
+    ({"compressed_values": True, "init_weights": "random"}, ["`compressed_values=True`", "init_weights='random'"]),
+    ({"compressed_values": True, "prefix_scaling": 1.0}, ["`compressed_values=True`", "prefix_scaling=1.0"]),
 ]
 
 
@@ -184,6 +188,7 @@ def test_the_defaults_are_those_of_the_design():
         "cross_prefix": True,
         "prefix_scaling": None,
         "gating": False,
+        "compressed_values": None,
         "decoupled": None,
         "position_free": None,
         "init_weights": True,
@@ -192,6 +197,32 @@ def test_the_defaults_are_those_of_the_design():
     assert all(
         field.metadata.get("help") for field in dataclasses.fields(PrefixPlusConfig) if field.name not in inherited
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "compressed"),
+    [
+        ({}, True),
+        ({"reparameterization": "mlp"}, True),
+        ({"init_weights": "activations"}, True),
+        ({"compressed_values": False}, False),
+        ({"decoupled": False}, False),
+        ({"gating": True}, False),
+        ({"init_weights": "random"}, False),
+        ({"prefix_scaling": 1.0}, False),
+    ],
+)
+def test_values_that_start_at_zero_outside_the_softmax_are_compressed(fields, compressed, tmp_path):
+    config = PrefixPlusConfig(**fields)
+    assert config.compressed_values is compressed
+    config.save_pretrained(tmp_path)
+    assert PrefixPlusConfig.from_pretrained(tmp_path).compressed_values is compressed
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text("utf-8"))
+    assert saved.pop("compressed_values") is compressed
+    path.write_text(json.dumps(saved), encoding="utf-8")  # as it was saved before the field was there
+    assert PrefixPlusConfig.from_pretrained(tmp_path).compressed_values is False
+    assert PeftConfig.from_pretrained(tmp_path).compressed_values is False
 
 
 @pytest.mark.parametrize(

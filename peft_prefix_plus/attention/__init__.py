@@ -9,7 +9,7 @@ from .inline import attend_inline, follow, run_under, unfollow
 from .inline_classes import UNSUPPORTED, may_compute_attention
 from .inline_mode import InlineAttention
 from .observed import Observation, Observer, observed_attention
-from .prefix import ActivePrefixes, Prefix, concatenated
+from .prefix import ActivePrefixes, Prefix, concatenated, gathered
 from .rotary import POSITIONS, PositionEmbeddings, QueryRotation, find_rotation, has_known_form, position_embeddings_of
 from .turned import TurnedPrefixes
 from .watching import THREAD, watching
@@ -38,6 +38,7 @@ __all__ = [
     "eager_attention_function",
     "find_rotation",
     "follow",
+    "gathered",
     "has_known_form",
     "may_compute_attention",
     "model_config",

@@ -32,24 +32,75 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     """
     batch, heads, tokens, dim = query.shape
     scale = dim**-0.5 if scaling is None else scaling
-    # all rows of a group of heads have to do with the same keys: (kv_heads, groups · batch · tokens, key_dim)
-    kv_heads, _, value_dim = prefix.value.shape
-    rows = query.view(batch, kv_heads, heads // kv_heads, tokens, dim).permute(1, 2, 0, 3, 4).flatten(1, 3)
-    scores = torch.bmm(rows, prefix.key.transpose(1, 2))
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    weights = _capped_silu(scores, scale) if prefix.gate is None else (scores * scale).softmax(dim=-1)
-    if weights.dtype != prefix.value.dtype:
-        weights = weights.to(prefix.value.dtype)
-    attended = torch.bmm(weights, prefix.value).view(heads, batch, tokens, value_dim).permute(1, 2, 0, 3)
+    kv_heads, _, value_dim = prefix.value.shape[-3:]
+    grouped = query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    key, value = prefix.key, prefix.value
+    if prefix.is_of_rows:
+        # (batch · kv_heads, groups · tokens, key_dim)
+        rows, key, value = grouped.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    else:
+        # all rows of a group of heads have to do with the same keys: (kv_heads, groups · batch · tokens, key_dim)
+        rows = grouped.permute(1, 2, 0, 3, 4).flatten(1, 3)
+    weights = _weights(rows, key, prefix, scale)
+    attended = torch.bmm(weights, value)
+    if prefix.is_of_rows:
+        attended = attended.view(batch, heads, tokens, value_dim).transpose(1, 2)
+    else:
+        attended = attended.view(heads, batch, tokens, value_dim).permute(1, 2, 0, 3)
     if prefix.gate is not None:
-        attended = attended * prefix.gate.tanh()[:, None]
-    if prefix.mask is not None:
-        # such an adapter is the whole of a row's prefix or no part of it
-        attended = attended * prefix.mask.any(dim=-1)[:, None, None, None]
+        gate = prefix.gate.tanh()[..., None]
+        attended = attended * (gate[:, None] if prefix.is_of_rows else gate)
     return attended
 
 
+def add_attention(output: torch.Tensor, query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
+    """
+    Return the output of the base model's attention, (batch, tokens, query_heads, value_dim), plus [`added_attention`]. Where
+    a single token is decoded, it is added in place.
+    """
+    if not _is_single_token(output, query, prefix):
+        return output + added_attention(query, prefix, scaling).reshape(output.shape)
+    _, _, _, dim = query.shape
+    kv_heads, _, value_dim = prefix.value.shape
+    weights = _weights(query.reshape(kv_heads, -1, dim), prefix.key, prefix, dim**-0.5 if scaling is None else scaling)
+    output.view(kv_heads, -1, value_dim).baddbmm_(weights, prefix.value)
+    return output
+
+
+def _is_single_token(output: torch.Tensor, query: torch.Tensor, prefix: Prefix) -> bool:
+    """Whether a decoupled prefix is added to one token of one row, without gradients and without a transform of torch.func."""
+    batch, _, tokens, _ = query.shape
+    return (
+        isinstance(batch, int)  # torch.jit traces a tensor
+        and batch == tokens == 1
+        and not torch.is_grad_enabled()
+        and prefix.is_decoupled
+        and not prefix.is_of_rows
+        and output.dtype == prefix.value.dtype
+        and output.is_contiguous()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _weights(rows: torch.Tensor, key: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
+    """What queries (products, queries, key_dim) give to each value, in the values' dtype, (products, queries, prefix_tokens)."""
+    scores = torch.bmm(rows, key.transpose(1, 2))
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    weights = _capped_silu(scores, scale) if prefix.gate is None else _softmax(scores * scale, prefix.mask)
+    return weights if weights.dtype == prefix.value.dtype else weights.to(prefix.value.dtype)
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax over the positions that a row sees; with a mask, scores are (batch · kv_heads, queries, prefix_tokens)."""
+    if mask is not None:
+        hidden = ~mask[:, None, None, :]
+        scores = scores.unflatten(0, (mask.shape[0], -1)).masked_fill(hidden, -torch.inf).flatten(0, 1)
+    return scores.softmax(dim=-1)
+
+
 def _capped_silu(scores: torch.Tensor, scale: float) -> torch.Tensor:
-    """silu(cap(s · x)): decoding notices each operation."""
+    """silu(cap(s · x)); without gradients it overwrites x, because decoding notices each operation."""
+    if not torch.is_grad_enabled():
+        return silu(scores.mul_(scale / DECOUPLED_CAP).tanh_().mul_(DECOUPLED_CAP), inplace=True)
     return silu((scores * (scale / DECOUPLED_CAP)).tanh() * DECOUPLED_CAP)

@@ -29,7 +29,7 @@ def concatenated_attention(attend: AttentionFunction, call: AttentionCall) -> At
     _, _, module, query, key, value, mask, prefix, prefix_query, kwargs = call
     kwargs = dict(kwargs)
     none_is_causal = call.implementation == "sdpa"
-    length = prefix.key.shape[1]
+    length = prefix.length
     if none_is_causal and call.is_causal:
         # what sdpa's `is_causal` stands for: its diagonal starts at the top left
         mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -58,7 +58,7 @@ def concatenated_flash_attention(attend: AttentionFunction, call: AttentionCall)
     keys at the front.
     """
     _, _, module, query, key, value, padding, prefix, _, kwargs = call
-    batch, length = key.shape[0], prefix.key.shape[1]
+    batch, length = key.shape[0], prefix.length
     if prefix.mask is not None and padding is None:
         padding = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
     if padding is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .added import added_attention
+from .added import add_attention
 from .base import attend_as_base, attention_family
 from .call import AttentionCall, AttentionOutput
 from .concatenated import concatenated_attention, concatenated_flash_attention
@@ -108,7 +108,7 @@ def prefix_attention(
         output, weights = _merge_or_concatenate(call) if is_plain else _attend_with_prefix(call)
     for added in added_prefixes:
         added, added_query = _met(holder, added, query, positions)
-        output = output + added_attention(added_query, added, kwargs.get("scaling")).reshape(output.shape)
+        output = add_attention(output, added_query, added, kwargs.get("scaling"))
     return output, weights
 
 
@@ -139,7 +139,7 @@ def _attend_with_prefix(call: AttentionCall) -> AttentionOutput:
             # the unused rest of a static cache
             key, value = key[:, :, : mask.shape[-1]], value[:, :, : mask.shape[-1]]
         flash_mask = FlashMask(query, key, is_causal_call(module, kwargs.get("is_causal")), mask, kwargs)
-        if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.key.shape[1]):
+        if prefix.reads == "rotated" and flash_mask.allows_concatenation(prefix.length):
             attend = partial(attend_as_base, implementation=implementation, eager=eager)
             return concatenated_flash_attention(attend, call._replace(key=key, value=value))
         mask = None if flash_mask.is_implied() and not _is_special(kwargs) else flash_mask.dense()

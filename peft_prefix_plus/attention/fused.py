@@ -88,16 +88,20 @@ class _FusedAttention(torch.autograd.Function):
         call: _KernelCall,
     ) -> torch.Tensor:
         prefix_query = query if own_query is None else own_query
+        of_rows = prefix_key.dim() == 4
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
             output, lse, state = call.kernel.forward(*_real_inputs(query, key, value, call))
             output = _narrowed(output, value)
             # the attention over X takes part in the softmax over P as one more position, with its log-sum-exp for a score
-            scores = torch.cat([_prefix_scores(prefix_query, head_key, call), _fold(lse.unsqueeze(-1))], dim=-1)
+            scores = torch.cat(
+                [_prefix_scores(prefix_query, head_key, call, of_rows), _fold(lse.unsqueeze(-1), of_rows)], dim=-1
+            )
             lse = scores.logsumexp(dim=-1, keepdim=True)
             weights = scores.softmax(dim=-1)
-            attended = _unfold(torch.bmm(weights[..., :-1], head_value), query)
-            output.mul_(_cast(_unfold(weights[..., -1:], query), output.dtype)).add_(_cast(attended, output.dtype))
+            attended = _unfold(torch.bmm(weights[..., :-1], head_value), query, of_rows)
+            own = _unfold(weights[..., -1:], query, of_rows)
+            output.mul_(_cast(own, output.dtype)).add_(_cast(attended, output.dtype))
         ctx.save_for_backward(
             query, key, value, prefix_key, prefix_value, own_query, call.mask, call.prefix_mask, output, lse, *state
         )
@@ -118,6 +122,7 @@ class _FusedAttention(torch.autograd.Function):
         grad_query: Any = None
         grad_own_query: Any = None
         grad_key = grad_value = grad_prefix_key = grad_prefix_value = None
+        of_rows = prefix_key.dim() == 4
         head_key, head_value = _per_query_head(prefix_key, query), _per_query_head(prefix_value, query)
         with _without_autocast(query.device.type):
             if needs_query or needs_key or needs_value:
@@ -125,64 +130,75 @@ class _FusedAttention(torch.autograd.Function):
                     _widened(grad_output, key),
                     *_real_inputs(query, key, value, call),
                     _widened(output, key),
-                    _unfold(lse, query).squeeze(-1),
+                    _unfold(lse, query, of_rows).squeeze(-1),
                     tuple(state),
                 )
                 grad_value = _narrowed(grad_value, value)
-            weights = _prefix_scores(prefix_query, head_key, call).sub_(lse).exp_()
-            grad_rows = _cast(_fold(grad_output), weights.dtype)
+            weights = _prefix_scores(prefix_query, head_key, call, of_rows).sub_(lse).exp_()
+            grad_rows = _cast(_fold(grad_output, of_rows), weights.dtype)
             if needs_prefix_value:
                 grad_prefix_value = _reduce(weights, grad_rows, prefix_value)
             if needs_query or needs_own_query or needs_prefix_key:
-                delta = (grad_rows * _cast(_fold(output), weights.dtype)).sum(dim=-1, keepdim=True)
+                delta = (grad_rows * _cast(_fold(output, of_rows), weights.dtype)).sum(dim=-1, keepdim=True)
                 grad_scores = (
                     torch.bmm(grad_rows, head_value.transpose(1, 2)).sub_(delta).mul_(weights).mul_(call.scale)
                 )
                 if needs_own_query or (needs_query and own_query is None):
-                    added = _unfold(torch.bmm(grad_scores, head_key), query)
+                    added = _unfold(torch.bmm(grad_scores, head_key), query, of_rows)
                     if own_query is None:
                         grad_query = grad_query + _cast(added, grad_query.dtype)
                     else:
                         grad_own_query = _cast(added, own_query.dtype)
                 if needs_prefix_key:
-                    grad_prefix_key = _reduce(grad_scores, _cast(_fold(prefix_query), weights.dtype), prefix_key)
+                    grad_prefix_key = _reduce(
+                        grad_scores, _cast(_fold(prefix_query, of_rows), weights.dtype), prefix_key
+                    )
         return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_own_query, None
 
 
 def _per_query_head(prefix: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """
-    Repeat keys or values (kv_heads, prefix_tokens, dim) for each query head of a group, in float32 at least.
+    Repeat keys or values ((batch,) kv_heads, prefix_tokens, dim) for each query head of a group, in float32 at least:
+    (query_heads, prefix_tokens, dim) or, if rows have their own, (batch · query_heads, prefix_tokens, dim).
 
     They are small. The queries are not, so they are not copied.
     """
-    groups = query.shape[1] // prefix.shape[0]
-    repeated = prefix.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)
+    groups = query.shape[1] // prefix.shape[-3]
+    own = prefix.flatten(0, -3)
+    repeated = own.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 1)
     return _cast(repeated, torch.promote_types(prefix.dtype, torch.float32))
 
 
-def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _KernelCall) -> torch.Tensor:
-    """s · Q P_Kᵀ, (query_heads, rows, prefix_tokens)."""
-    scores = torch.bmm(_cast(_fold(query), head_key.dtype), (head_key * call.scale).transpose(1, 2))
+def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _KernelCall, of_rows: bool) -> torch.Tensor:
+    """s · Q P_Kᵀ, folded as in [`_fold`]."""
+    scores = torch.bmm(_cast(_fold(query, of_rows), head_key.dtype), (head_key * call.scale).transpose(1, 2))
     if call.prefix_mask is not None:
         hidden = ~call.prefix_mask[:, None, None, :]
-        _unfold(scores, query).masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        _unfold(scores, query, of_rows).masked_fill_(hidden, torch.finfo(scores.dtype).min)
     return scores
 
 
 def _reduce(weights: torch.Tensor, rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
-    """weightsᵀ · rows, summed over the rows and the query heads of a group: (kv_heads, prefix_tokens, dim)."""
+    """weightsᵀ · rows, summed over the rows that read a prefix and the query heads of a group, shaped as the prefix."""
     summed = torch.bmm(weights.transpose(1, 2), rows)
-    return summed.unflatten(0, (prefix.shape[0], -1)).sum(dim=1).to(prefix.dtype)
+    return summed.unflatten(0, (*prefix.shape[:-2], -1)).sum(dim=-3).to(prefix.dtype)
 
 
-def _fold(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, query_heads, tokens, dim) → (query_heads, rows, dim): all rows of a head read the same prefix."""
+def _fold(tensor: torch.Tensor, of_rows: bool) -> torch.Tensor:
+    """
+    (batch, query_heads, tokens, dim) → (query_heads, batch · tokens, dim): all rows of a head read the same prefix. If each
+    row of the batch has its own: → (batch · query_heads, tokens, dim).
+    """
+    if of_rows:
+        return tensor.flatten(0, 1)
     return tensor.squeeze(0) if tensor.shape[0] == 1 else tensor.transpose(0, 1).flatten(1, 2)
 
 
-def _unfold(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """(query_heads, rows, dim) → (batch, query_heads, tokens, dim)."""
-    batch, _, tokens, _ = query.shape
+def _unfold(tensor: torch.Tensor, query: torch.Tensor, of_rows: bool) -> torch.Tensor:
+    """Undo [`_fold`]."""
+    batch, heads, tokens, _ = query.shape
+    if of_rows:
+        return tensor.unflatten(0, (batch, heads))
     return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
 
 

@@ -230,7 +230,7 @@ class InlineAttention(TorchFunctionMode):
             prefix_scores = prefix_scores + _largest_bias(bias)
         if prefix.mask is not None:
             prefix_scores = prefix_scores + finite_additive(prefix.mask, prefix_scores.dtype)[:, None, None, :]
-        return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], prefix.key.shape[1])
+        return prefix_scores.to(scores.dtype).reshape(*scores.shape[:-1], prefix.length)
 
     def _attend(self, state: Probabilities, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the prefix's part to the product of probabilities and real values."""

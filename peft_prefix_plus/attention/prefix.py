@@ -20,12 +20,13 @@ class Prefix:
     The keys and values of a prefix in one attention module.
 
     Attributes:
-        key (`torch.Tensor`): Shape (kv_heads, prefix_tokens, key_dim).
-        value (`torch.Tensor`): Shape (kv_heads, prefix_tokens, value_dim).
+        key (`torch.Tensor`): Shape (kv_heads, prefix_tokens, key_dim) or, where each row of a batch has its own, (batch,
+            kv_heads, prefix_tokens, key_dim).
+        value (`torch.Tensor`): Shape (kv_heads, prefix_tokens, value_dim) or (batch, kv_heads, prefix_tokens, value_dim).
         mask (`torch.Tensor`, *optional*): Shape (batch, prefix_tokens), True where a row sees the position; `None`
             when every row sees every position.
-        gate (`torch.Tensor`, *optional*): Shape (query_heads,). With a gate the prefix has a softmax of its own, and
-            tanh(gate) times its attention is added to that of the base model.
+        gate (`torch.Tensor`, *optional*): Shape (query_heads,) or (batch, query_heads). With a gate the prefix has a
+            softmax of its own, and tanh(gate) times its attention is added to that of the base model.
         is_decoupled (`bool`): Whether the prefix is added to the base model's attention without a softmax.
         reads (`str`): Which queries the keys meet: `"rotated"`, as the module gives them; `"unrotated"`, with RoPE
             undone; or `"both"`, concatenated, (…, 2 · key_dim), with keys of the same width.
@@ -42,6 +43,16 @@ class Prefix:
     reads: str = "rotated"
     turned: Callable[[Any, int], Prefix | None] | None = field(default=None, repr=False, compare=False)
     _rows: list[tuple[int, PrefixOfRows]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def length(self) -> int:
+        """The number of prefix_tokens."""
+        return self.key.shape[-2]
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether each row of a batch has its own prefix."""
+        return self.key.dim() == 4
 
     @property
     def is_joint(self) -> bool:
@@ -95,22 +106,70 @@ ActivePrefixes = tuple[Prefix | None, tuple[Prefix, ...]]
 
 def concatenated(prefixes: Sequence[Prefix]) -> Prefix:
     """
-    Concatenate prefixes.
-
-    If they belong to different rows of a batch, each row sees its own prefix, and the masks hide the others.
+    Concatenate prefixes that all rows of a batch read.
 
     Args:
-        prefixes (`Sequence[Prefix]`): At least one; either all have a mask or none has.
+        prefixes (`Sequence[Prefix]`): At least one, without masks.
     """
     if len(prefixes) == 1:
         return prefixes[0]
-    reads = {prefix.reads for prefix in prefixes}
-    if len(reads) > 1:
-        prefixes = [prefix.for_both_queries() for prefix in prefixes]
-    masks = [prefix.mask for prefix in prefixes if prefix.mask is not None]
+    prefixes = _reading_alike(prefixes)
     return Prefix(
         torch.cat([prefix.key for prefix in prefixes], dim=1),
         torch.cat([prefix.value for prefix in prefixes], dim=1),
-        torch.cat(masks, dim=1) if masks else None,
         reads=prefixes[0].reads,
     )
+
+
+def gathered(prefixes: Sequence[Prefix], rows: Sequence[int | None]) -> Prefix:
+    """
+    Give each row of a batch its own prefix, and only that. A prefix that all rows share stays a single one.
+
+    Shorter prefixes are padded with zeros. Where a softmax would notice, a mask hides them; a decoupled prefix of zeros
+    adds nothing, and neither does a gate of zero.
+
+    Args:
+        prefixes (`Sequence[Prefix]`): At least one, all joint, all gated, or all decoupled, without masks.
+        rows (`Sequence[int | None]`): For each row of the batch, the index of its prefix, or `None` for none.
+    """
+    has_base_rows = None in rows
+    if len(prefixes) == 1 and not has_base_rows:
+        return prefixes[0]
+    prefixes = _reading_alike(prefixes)
+    first = prefixes[0]
+    lengths = [prefix.length for prefix in prefixes]
+    longest, count = max(lengths), len(prefixes)
+    device = first.key.device
+    index = torch.tensor([count if row is None else row for row in rows], device=device)
+
+    def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+        padded = [pad(tensor, (0, 0, 0, longest - tensor.shape[-2])) for tensor in tensors]
+        if has_base_rows:
+            padded.append(torch.zeros_like(padded[0]))
+        return torch.stack(padded).index_select(0, index)
+
+    gate = mask = None
+    if first.gate is not None:
+        gates = [prefix.gate for prefix in prefixes if prefix.gate is not None]
+        gate = torch.stack([*gates, torch.zeros_like(gates[0])]).index_select(0, index)
+    is_short = min(lengths) < longest
+    if not first.is_decoupled and (is_short or (has_base_rows and first.is_joint)):
+        seen = torch.tensor([0 if row is None else lengths[row] for row in rows], device=device)
+        if gate is not None:
+            seen.masked_fill_(seen == 0, longest)  # a softmax over nothing would be no number, even times zero
+        mask = torch.arange(longest, device=device) < seen[:, None]
+    return Prefix(
+        stacked([prefix.key for prefix in prefixes]),
+        stacked([prefix.value for prefix in prefixes]),
+        mask,
+        gate,
+        first.is_decoupled,
+        first.reads,
+    )
+
+
+def _reading_alike(prefixes: Sequence[Prefix]) -> Sequence[Prefix]:
+    """Bring prefixes to keys that meet the same queries."""
+    if len({prefix.reads for prefix in prefixes}) > 1:
+        return [prefix.for_both_queries() for prefix in prefixes]
+    return prefixes

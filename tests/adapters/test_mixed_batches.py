@@ -181,3 +181,87 @@ def test_wrong_names_are_errors_that_leave_no_trace():
     model.train()
     with pytest.raises(ValueError, match="in training"):
         model(**batch, adapter_names=ROWS)
+
+
+FORMS = {
+    "decoupled": {},
+    "decoupled, fixed": dict(position_free=False),
+    "gated": dict(gating=True),
+    "joint": dict(decoupled=False),
+    "joint, fixed": dict(decoupled=False, position_free=False),
+}
+FORM_ROWS = ["short", "long", "long", "short", "other"]
+
+
+def of_one_form(form, implementation="sdpa"):
+    """A model in float64 with adapters of two lengths and one form."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)).double()
+    model.set_attn_implementation(implementation)
+    for name, length in (("short", 2), ("long", 5), ("other", 5)):
+        config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, init_weights=False, **FORMS[form])
+        if name == "short":
+            model = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(name, config)
+    return model.double().eval()
+
+
+def gradients(model, names):
+    """The gradients of the adapters' parameters, which are then cleared."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if any(f".{adapter}." in f"{name}." for adapter in names) and parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_the_sums_over_the_rows_of_each_adapter(form, implementation):
+    model, names = of_one_form(form, implementation), sorted(set(FORM_ROWS))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("prefix_plus_" in name and "scaling" not in name)
+    ids = torch.randint(3, VOCABULARY, (len(FORM_ROWS), 6))
+    weights = torch.randn(len(FORM_ROWS), 6, VOCABULARY, dtype=torch.float64)
+    (model(input_ids=ids, adapter_names=FORM_ROWS).logits * weights).sum().backward()
+    mixed = gradients(model, names)
+    for row, name in enumerate(FORM_ROWS):
+        model.set_adapter(name)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("prefix_plus_" in key and "scaling" not in key)
+        (model(input_ids=ids[row : row + 1]).logits * weights[row]).sum().backward()
+    expected = gradients(model, names)
+    assert mixed.keys() == expected.keys() and len(mixed) >= 3 * 2 * len(names)
+    for key, gradient in mixed.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-9)  # float64, sums in another order
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_reads_no_more_keys_than_the_longest_adapter_has(form, monkeypatch):
+    from peft_prefix_plus.layer import PrefixPlusLayer
+
+    shapes, forward = [], PrefixPlusLayer.forward
+
+    def noted(layer, key, value):
+        joint, added = forward(layer, key, value)
+        shapes.extend(prefix.key.shape for prefix in (joint, *added) if prefix is not None)
+        return joint, added
+
+    monkeypatch.setattr(PrefixPlusLayer, "forward", noted)
+    model = of_one_form(form)
+    ids = torch.randint(3, VOCABULARY, (len(FORM_ROWS), 6))
+    model.generate(input_ids=ids, adapter_names=FORM_ROWS, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert set(shapes) == {(len(FORM_ROWS), 2, 5, 8)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_rows_of_one_form_are_what_they_are_alone(form):
+    model = of_one_form(form)
+    rows = ["__base__", *FORM_ROWS]
+    ids = torch.randint(3, VOCABULARY, (len(rows), 6))
+    mixed = model(input_ids=ids, adapter_names=rows).logits
+    for row, name in enumerate(rows):
+        expected = alone(model, name, lambda row=row: model(input_ids=ids[row : row + 1]).logits)
+        torch.testing.assert_close(mixed[row], expected[0], rtol=0, atol=1e-6)  # norms and angles are in float32

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from chat_models import DOCUMENT, chat_model, chat_tokenizer
+from command import failure, run
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-
-from peft_prefix_plus_cli import main
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +27,6 @@ def document(tmp_path: Path) -> Path:
     path = tmp_path / "document.txt"
     path.write_text(DOCUMENT, encoding="utf-8")
     return path
-
-
-def run(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 0, stop.value.code
-
-
-def failure(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("Error: "), stop.value.code
-    return stop.value.code
 
 
 def distilling(base: Path, document: object, output: Path, *more: object) -> list[object]:

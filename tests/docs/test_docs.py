@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
 import re
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model, peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.attention.added import DECOUPLED_CAP
+from peft_prefix_plus.encoders import VALUE_KNEE
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
 from peft_prefix_plus.starting.scaling import DECOUPLED_SCALES, JOINT_SCALES
@@ -65,10 +68,24 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert "The scale is {:g} for keys and {:g} for values in the decoupled form".format(*DECOUPLED_SCALES) in method
     assert f"{joint} in the others" in method
     assert f"{joint} ({decoupled} if `decoupled`)" in docstring
+    assert f"{VALUE_KNEE:g} \\operatorname{{asinh}}(E_V / {VALUE_KNEE:g})" in method
     assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
     assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
     assert f"{DECOUPLED_CAP:g} \\tanh(x / {DECOUPLED_CAP:g})" in method
+
+
+def test_troubleshooting_has_the_messages_as_they_are() -> None:
+    code = " ".join(
+        node.value
+        for path in (ROOT / "peft_prefix_plus").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    peft = inspect.getsource(peft_model)
+    headings = re.findall('^## "(.*)"$', (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(headings) > 10
+    assert [heading for heading in headings if heading not in code and heading not in peft] == []
 
 
 # ------------------------------------------------------- what the README and the migration page say of PREFIX_TUNING

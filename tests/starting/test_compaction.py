@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import scipy.optimize
 import torch
-from models import output_of, prefixed, tiny_model, token_ids, unchanged
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
+from models import output_of, prefixed, tiny_model, token_ids, unchanged, word_tokenizer
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from peft_prefix_plus import AttentionResidual, initialize_from_text, prefix_key_values
 from peft_prefix_plus.starting.compaction import (
@@ -23,13 +22,6 @@ from peft_prefix_plus.starting.compaction import (
 
 WORDS = 40
 TEXT_TOKENS, KEPT = 26, 8
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that reads "w7" as token 7 and adds nothing."""
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 TEXT = " ".join(f"w{3 + number * 7 % (WORDS - 3)}" for number in range(TEXT_TOKENS))

