@@ -26,7 +26,7 @@ COMMANDS = {
     "run": "Run another Python program in which PEFT knows the method.",
     "generate": "Complete prompts with an adapter.",
     "serve": "Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name.",
-    "convert": "Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back.",
+    "convert": "Turn an adapter into one of another format with the same output: PEFT's, AdapterHub's, or keys and values.",
     "params": "Count the trainable parameters of every reparameterization and sharing; no weights are needed.",
     "inspect": "Show what the prefix in each layer of an adapter is like and, with data, how much attention it draws.",
     "demo": "Make a small language model, or load one, and teach it table-to-text by a prefix.",

@@ -49,17 +49,17 @@ def generate(settings: generation.GenerationSettings) -> None:
     generation.generate(settings)
 
 
-@command(app, {"Options": serving.ServingSettings})
-def serve(settings: serving.ServingSettings) -> None:
+@command(app, {"Options": serving.ServingSettings, "With --engine transformers": serving.TransformersSettings})
+def serve(settings: serving.ServingSettings, transformers_settings: serving.TransformersSettings) -> None:
     """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
-    serving.serve(settings)
+    serving.serve(settings, transformers_settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})
 def convert(settings: conversion.ConversionSettings) -> None:
-    """Turn an adapter of PEFT's PREFIX_TUNING into one of PREFIX_PLUS with the same output, or back."""
-    method = conversion.convert(settings)
-    print(f"The {method} adapter is in {settings.output}.")
+    """Turn an adapter into one of another format with the same output: PEFT's, AdapterHub's, or keys and values."""
+    title = conversion.convert(settings)
+    print(f"The {title} is in {settings.output}.")
 
 
 @command(app, {"Options": parameters.CountingSettings})

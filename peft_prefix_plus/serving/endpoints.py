@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.logger import init_logger
 
 from .connector import PARAMETER
+from .openai_protocol import LoadRequest, RefusedError, UnloadRequest
 from .store import Entry, PrefixStore
 
 
@@ -42,23 +42,6 @@ GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 TOKENIZING = ("/tokenize", "/detokenize")
 """Where the adapter's name stands for the base model."""
-
-
-class LoadRequest(BaseModel):
-    """What `/v1/load_prefix_adapter` takes: the adapter's name, and its directory or repository on the Hub."""
-
-    name: str
-    path: str
-
-
-class UnloadRequest(BaseModel):
-    """What `/v1/unload_prefix_adapter` takes."""
-
-    name: str
-
-
-class RefusedError(ValueError):
-    """A request cannot be answered as it is: the message says why."""
 
 
 class Adapters:

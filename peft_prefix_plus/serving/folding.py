@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -29,6 +26,7 @@ from ..probing.geometry import AttentionGeometry
 from ..probing.modules import attention_modules
 from ..probing.targets import layer_of, select_modules
 from ..registration import METHOD_NAME, PREFIX_PLUS
+from .adapter_files import adapter_folder
 from .store import FoldedPrefix, KeyValues, Turning
 
 
@@ -130,7 +128,7 @@ def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> FoldedPrefix
         UnservableError: If vLLM cannot take the adapter: the message says why, and what to do.
         ValueError: If it is broken, or of another base model.
     """
-    folder = _folder(adapter, hub_arguments)
+    folder = adapter_folder(adapter, **hub_arguments)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         state_dict = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -277,25 +275,6 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 # -------------------------------------------------------------------------------------------------------- the adapter
-
-
-def _folder(adapter: str, hub_arguments: Mapping[str, Any]) -> Path:
-    """Return the directory that has an adapter's files, of the formats that are read here only."""
-    if os.path.isdir(adapter):
-        folder = Path(adapter)
-    else:
-        try:
-            folder = Path(
-                snapshot_download(adapter, allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], **hub_arguments)
-            )
-        except (OSError, ValueError) as error:  # what the Hub raises is either
-            raise ValueError(
-                f"The adapter {adapter!r} is no directory, and cannot be had from the Hub: {error}"
-            ) from error
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise ValueError(f"The adapter {adapter!r} has no {name}. Save it by model.save_pretrained().")
-    return folder
 
 
 def _produce(

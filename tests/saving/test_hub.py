@@ -362,6 +362,35 @@ def test_a_repository_without_weights_is_an_error(loaded):
     assert loaded.facts["no weights"].startswith("ValueError: Can't find weights")
 
 
+LOAD_CONFIG = """
+for name, subfolder in (("user/name", None), ("user/both", "other"), ("user/torn", None), ("user/pickled", None)):
+    keep_error(f"{name} {subfolder}", PrefixPlusConfig.from_pretrained, name, subfolder=subfolder)
+"""
+
+
+def test_a_configuration_is_checked_against_the_header_of_the_weights_without_loading_them(hub, pushed, tmp_path):
+    saved, other = (hub.repositories[name].commit_of().files for name in ("user/name", "user/both"))
+    hub.repositories["user/torn"] = Repository(is_private=False)
+    files = {"adapter_config.json": saved["adapter_config.json"]}
+    torn = {**files, "adapter_model.safetensors": other["other/adapter_model.safetensors"]}
+    hub.repositories["user/torn"].add_commit("main", "Upload", torn)
+    pickle = File(pickled(torch.zeros(2)), is_lfs=True)
+    hub.objects[pickle.sha256] = pickle.content
+    hub.repositories["user/pickled"] = Repository(is_private=False)
+    hub.repositories["user/pickled"].add_commit("main", "Upload", {**files, "adapter_model.bin": pickle})
+
+    before = len(hub.requests)
+    found = run(LOAD_CONFIG, hub, tmp_path / "home").facts
+    assert found["user/name None"] == found["user/both other"] == "no error"
+    assert "user/torn/adapter_model.safetensors does not fit its configuration" in found["user/torn None"]
+    assert "has no tensor for prefix_plus_encoder.key" in found["user/pickled None"]  # which has no header
+    weights = [
+        each for each in hub.requests[before:] if each.method == "GET" and "adapter_model.safetensors" in each.path
+    ]
+    assert weights and all(each.headers.get("Range") == "bytes=0-100000" for each in weights)
+    assert list((tmp_path / "home/hub").glob("*/snapshots/*/**/adapter_model.safetensors")) == []
+
+
 def test_code_in_a_pickled_adapter_is_not_executed(loaded, reader, tmp_path):
     torch.load(io.BytesIO(pickled(CreatesDirectory(tmp_path / "executed"))), weights_only=False)
     assert (tmp_path / "executed").exists(), "a careless reader is harmed by such a file"

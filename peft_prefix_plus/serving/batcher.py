@@ -1,0 +1,212 @@
+"""
+Requests that wait, as batches of one model, which has a thread for itself.
+
+A batch takes up new rows while it runs: `generate` is stopped, and called again with the tokens so far and the new rows' prompts. So
+this needs nothing of a model but `generate`, and a row may be computed again for others to join. No more than half of the time goes
+into that: what a batch's first step took must have passed before it is stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .adapted_model import AdaptedModel
+from .decoding import ChooseTokens, Row, RowsAreOver
+
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PADDING = 0
+"""The token to pad with. What it is does not matter: no real token sees it."""
+
+GENERATION: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "pad_token_id": PADDING,
+    **dict.fromkeys(
+        ("eos_token_id", "max_length", "min_length", "temperature", "top_k", "top_p", "min_p", "typical_p")
+    ),
+}
+"""What the model's own settings of generation say, and each row has for itself."""
+
+STOPPING = "The server is stopping."
+
+
+class StoppedError(Exception):
+    """A batcher takes no more rows."""
+
+
+class Batcher:
+    """
+    The thread that the model runs in.
+
+    Args:
+        model (`AdaptedModel`): The model, which nobody else uses from now on.
+        max_batch_size (`int`): The most rows at a time.
+        num_positions (`int`, *optional*): How many positions the model has; `None` if there is no end to them.
+    """
+
+    def __init__(self, model: AdaptedModel, max_batch_size: int, num_positions: int | None = None) -> None:
+        self._model = model
+        self._max_batch_size = max_batch_size
+        self._num_positions = num_positions
+        self._waiting: deque[Row] = deque()
+        self._changes: deque[tuple[Callable[[AdaptedModel], Any], Future[Any]]] = deque()
+        self._running: list[Row] = []
+        self._is_stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="prefix-plus-serve", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, make_rows: Callable[[], Sequence[Row]]) -> list[Row]:
+        """
+        Let rows wait for their turn.
+
+        Args:
+            make_rows (`Callable`): Returns the rows. No adapter is removed between its call and theirs being in line.
+
+        Raises:
+            StoppedError: If the batcher has been stopped.
+        """
+        with self._changed:
+            if self._is_stopping:
+                raise StoppedError(STOPPING)
+            rows = list(make_rows())
+            self._waiting += rows
+            self._changed.notify()
+        return rows
+
+    def change(self, function: Callable[[AdaptedModel], Result]) -> Future[Result]:
+        """
+        Call a function that changes the model's adapters, between two steps.
+
+        Raises:
+            StoppedError: If the batcher has been stopped.
+        """
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._is_stopping:
+                raise StoppedError(STOPPING)
+            self._changes.append((function, future))
+            self._changed.notify()
+        return future
+
+    def stop(self) -> None:
+        """End the rows and the thread."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether rows will be answered."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._go_on()
+        finally:
+            with self._changed:
+                self._is_stopping = True
+            for row in (*self._running, *self._waiting):
+                row.fail(STOPPING)
+            for _, future in self._changes:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(StoppedError(STOPPING))
+
+    def _go_on(self) -> None:
+        """Wait until there is something to do, and do it until something else is to be done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running or self._waiting or self._changes or self._is_stopping)
+            changes, self._changes = self._changes, deque()
+        for function, future in changes:
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked for it has left
+            try:
+                future.set_result(function(self._model))
+            except Exception as error:  # noqa: BLE001
+                # whatever a broken file raises
+                future.set_exception(error)
+        with self._changed:
+            while self._waiting and len(self._running) < self._max_batch_size:
+                self._running.append(self._waiting.popleft())
+            self._model.drop_unnamed({row.adapter for row in (*self._running, *self._waiting)})
+        if not self._is_stopping:
+            self._decode_or_fail(self._running)
+            self._running = [row for row in self._running if not row.is_over]
+
+    def _decode_or_fail(self, rows: Sequence[Row]) -> None:
+        """Decode rows. If that fails, decode each alone, so that only those fail whose fault it is."""
+        try:
+            self._decode(rows)
+        except Exception as error:  # whatever a model raises, the server goes on
+            if len(rows) > 1:
+                logger.warning("A batch of %d rows failed (%s); each is tried alone.", len(rows), error)
+                for row in rows:
+                    self._decode_or_fail([row])
+                return
+            logger.exception("A request failed.")
+            rows[0].fail(f"The model failed: {type(error).__name__}: {error}")
+
+    def _decode(self, rows: Sequence[Row]) -> None:
+        """Write the rows' tokens until they are over, or others are to join them."""
+        rows = [row for row in rows if not row.is_over]
+        if not rows:
+            return
+        texts = [row.prompt + row.tokens for row in rows]
+        length = max(map(len, texts))
+        device = self._model.base_model.device
+        input_ids = torch.full((len(rows), length), PADDING)
+        attention_mask = torch.zeros_like(input_ids)
+        for number, text in enumerate(texts):
+            input_ids[number, length - len(text) :] = torch.tensor(text)
+            attention_mask[number, length - len(text) :] = 1
+        self._model.generate(
+            [row.adapter for row in rows],
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            **GENERATION,
+            max_new_tokens=max(row.max_tokens - len(row.tokens) for row in rows),
+            logits_processor=LogitsProcessorList([ChooseTokens(rows)]),
+            stopping_criteria=StoppingCriteriaList([RowsAreOver(rows, self._pauses(rows))]),
+        )
+
+    def _pauses(self, rows: Sequence[Row]) -> Callable[[], bool]:
+        """Return what says, after each step of some rows, whether to stop here and go on with other rows."""
+        start = time.monotonic()
+        first_step: float | None = None
+        lengths = [len(row.prompt) + len(row.tokens) for row in rows]
+
+        def must_pause() -> bool:
+            nonlocal first_step
+            now = time.monotonic()
+            first_step = first_step or now - start
+            for number in range(len(rows)):
+                lengths[number] += 1
+            over = [length for row, length in zip(rows, lengths, strict=True) if row.is_over]
+            if self._num_positions is not None and max(over, default=0) >= self._num_positions:
+                return True  # rows that are over go on with the batch, but not beyond the model's positions
+            if now - start < 2 * first_step:
+                return self._is_stopping
+            has_place = len(self._running) - len(over) < self._max_batch_size
+            is_half_empty = 2 * len(over) >= len(rows)
+            return self._is_stopping or is_half_empty or bool(self._changes) or (has_place and bool(self._waiting))
+
+        return must_pause

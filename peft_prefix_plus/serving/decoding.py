@@ -1,0 +1,175 @@
+"""
+Rows of a batch that are decoded together, each with an adapter, sampling, an end and a reader of its own.
+
+transformers' `generate` has one set of these per batch. Here its logits processor chooses each row's token, and leaves `generate` no
+other choice; its stopping criterion says which rows are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .adapted_model import LoadedAdapter
+from .text_stream import TextStream
+
+
+LOWEST_TEMPERATURE = 1e-4
+"""Below this only the likeliest token is left, and the numbers are too large to draw by."""
+
+
+class Sampling:
+    """
+    How the tokens of one row are chosen.
+
+    Args:
+        temperature (`float`): 0, or almost, takes the likeliest token.
+        top_p (`float`): Draw among the likeliest tokens of this total probability.
+        top_k (`int`): Draw among this many of the likeliest tokens; 0 means all.
+        seed (`int`, *optional*): What the draws start from; `None` means each time from another.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None) -> None:
+        self.is_greedy = temperature < LOWEST_TEMPERATURE
+        self._warpers = LogitsProcessorList()
+        if not self.is_greedy and temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(temperature))
+        if top_k > 0:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        self._generator = torch.Generator()  # on the CPU: a seed draws the same on every device
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> int:
+        """
+        Draw a token.
+
+        Args:
+            input_ids (`torch.Tensor`): The tokens so far, (1, tokens).
+            scores (`torch.Tensor`): Their logits, (1, vocabulary).
+        """
+        probabilities = torch.softmax(self._warpers(input_ids, scores), dim=-1)  # type: ignore[arg-type]
+        return int(torch.multinomial(probabilities.cpu(), 1, generator=self._generator))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    What a row's reader gets.
+
+    Attributes:
+        index (`int`): Which of the reader's rows it is.
+        text (`str`): Text that is ready.
+        token_ids (`list[int]`): The tokens since the last time.
+        finish_reason (`str`, *optional*): `"stop"` or `"length"`, with the last piece.
+        error (`str`, *optional*): Why the row ends without being done.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """
+    One prompt, and what becomes of it.
+
+    Attributes:
+        adapter (`LoadedAdapter`): The adapter.
+        prompt (`list[int]`): The prompt's tokens.
+        max_tokens (`int`): The most tokens to write.
+        sampling (`Sampling`): How they are chosen.
+        text (`TextStream`): What makes text of them.
+        ends (`Collection[int]`): The tokens that end the text.
+        send (`Callable[[Progress], None]`): Where the reader is told. It must not wait.
+        index (`int`): Which of the reader's rows this is.
+    """
+
+    adapter: LoadedAdapter
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    text: TextStream
+    ends: Collection[int]
+    send: Callable[[Progress], None]
+    index: int = 0
+    tokens: list[int] = field(default_factory=list)
+    is_over: bool = False
+
+    def accept(self, token: int) -> None:
+        """Add a token, and tell the reader."""
+        self.tokens.append(token)
+        if token in self.ends:
+            self._tell(self.text.end(), token, "stop")
+            return
+        piece = self.text.add(token)
+        if self.text.has_stopped:
+            self._tell(piece, token, "stop")
+        elif len(self.tokens) == self.max_tokens:
+            rest = self.text.end()
+            self._tell(piece + rest, token, "stop" if self.text.has_stopped else "length")
+        else:
+            self._tell(piece, token, None)
+
+    def _tell(self, text: str, token: int, finish_reason: str | None) -> None:
+        self.is_over = self.is_over or finish_reason is not None
+        self.send(Progress(self.index, text, [token], finish_reason))
+
+    def fail(self, error: str) -> None:
+        """End the row, and tell the reader why."""
+        self.is_over = True
+        self.send(Progress(self.index, error=error))
+
+    def cancel(self) -> None:
+        """End the row, which nobody reads any more."""
+        self.is_over = True
+
+
+class ChooseTokens(LogitsProcessor):
+    """Choose the next token of each row, and leave no other choice."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take and return logits, (batch, vocabulary), after tokens, (batch, tokens)."""
+        chosen = scores.argmax(dim=-1).tolist()
+        for number, row in enumerate(self._rows):
+            if row.is_over:
+                continue
+            if not row.sampling.is_greedy:
+                chosen[number] = row.sampling.draw(input_ids[number : number + 1], scores[number : number + 1])
+            row.accept(chosen[number])
+        tokens = torch.tensor(chosen, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
+class RowsAreOver(StoppingCriteria):
+    """End rows that are over, or all of them as soon as a function says so."""
+
+    def __init__(self, rows: Sequence[Row], must_pause: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._must_pause = must_pause
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return for each row whether it ends, (batch,)."""
+        pauses = self._must_pause()
+        return torch.tensor([pauses or row.is_over for row in self._rows], device=input_ids.device)
