@@ -9,9 +9,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
 
-from ..saving.files import CARD_NAME
+from ..saving.files import CARD_NAME, CONFIG_NAME
 from ..saving.weights import UNFINISHED, naming_file
 from .snapshot import all_or_nothing
 
