@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .adapters.composition import compose
+from .adapters.loading import load_adapters
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
 from .conversion.adapterhub import from_adapterhub, to_adapterhub
@@ -52,6 +53,7 @@ __all__ = [
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
+    "load_adapters",
     "plot_attention_mass",
     "plot_prefix_contribution",
     "plot_prefix_norms",

@@ -102,12 +102,14 @@ class WholeOperations:
                     f"{directory} has no weights of an adapter: expected the file {SAFETENSORS_WEIGHTS_NAME}."
                 )
             with naming_file(directory):
-                if adapter_name in self.peft_config:
+                known = self.peft_config.get(adapter_name)
+                is_prefix = known is None or known.peft_type == PREFIX_PLUS  # not another method's on the same model
+                if known is not None and is_prefix:
                     _check_same_settings(self, adapter_name, model_id, hub_kwargs)
                 try:
                     return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
                 except Exception:
-                    if os.path.isdir(model_id):
+                    if is_prefix and os.path.isdir(model_id):
                         PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
                     raise
         except BaseException:

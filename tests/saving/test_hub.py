@@ -22,9 +22,9 @@ import json, re, sys
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus import PrefixPlusConfig, load_adapters
 
 torch.manual_seed(0)
 kept, facts = {}, {}
@@ -85,6 +85,12 @@ keep_logits("other", model)
 model.push_to_hub("user/both")
 config.push_to_hub("user/config")
 
+both = base()
+lora = get_peft_model(both, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False), adapter_name="style")
+both = get_peft_model(both, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False), "mine")
+keep_logits("lora and prefix", both)
+facts["lora and prefix"] = both.push_to_hub("user/lora-and-prefix").oid
+
 keep_error("no token", model.push_to_hub, "user/name", token=False)
 keep_error("wrong token", model.push_to_hub, "user/name", token="wrong")
 keep_error("not the owner", model.push_to_hub, "somebody/name")
@@ -92,6 +98,8 @@ keep_error("not the owner", model.push_to_hub, "somebody/name")
 
 LOAD = """
 keep_logits("by id", PeftModel.from_pretrained(base(), "user/name"))
+for name, model in load_adapters(base(), "user/lora-and-prefix", revision="main").items():
+    keep_logits(f"load_adapters {name}", model)
 keep_logits("auto", AutoPeftModelForCausalLM.from_pretrained("user/name"))
 for revision in (json.loads(sys.argv[2])["first"], "v1", "old", "copy"):
     name = revision if len(revision) < 40 else "commit"
@@ -259,6 +267,12 @@ def test_a_named_adapter_is_pushed_to_and_loaded_from_a_subfolder(hub, pushed, l
 def test_a_second_adapter_is_loaded_from_the_hub_beside_the_first(pushed, loaded):
     assert torch.equal(loaded.logits["before set_adapter"], pushed.logits["first"])
     assert torch.equal(loaded.logits["load_adapter"], pushed.logits["second"])
+
+
+def test_lora_and_a_prefix_are_pushed_as_one_commit_and_loaded_by_one_call(hub, pushed, loaded):
+    assert hub.repositories["user/lora-and-prefix"].commit_of().oid == pushed.facts["lora and prefix"]
+    for name in ("style", "mine"):
+        assert torch.equal(loaded.logits[f"load_adapters {name}"], pushed.logits["lora and prefix"])
 
 
 def test_a_configuration_is_pushed_and_loaded_by_itself(hub, pushed, loaded):
