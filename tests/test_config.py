@@ -96,7 +96,10 @@ CONTRADICTIONS = [
     ({"gating": True, "init_weights": "zero"}, ["gating", "init_weights", "'zero'"]),
     ({"decoupled": True, "init_weights": "zero"}, ["decoupled", "init_weights", "'zero'", "init_weights=True"]),
     ({"decoupled": True, "gating": True}, ["`gating`", "`decoupled`", "Choose one"]),
-    ({"compressed_values": True, "decoupled": False}, ["`compressed_values=True`", "decoupled=False", "Leave it None"]),
+    (
+        {"compressed_values": True, "decoupled": False},
+        ["`compressed_values=True`", "decoupled=False", "Leave it None"],
+    ),
     ({"compressed_values": True, "init_weights": "random"}, ["`compressed_values=True`", "init_weights='random'"]),
     ({"compressed_values": True, "prefix_scaling": 1.0}, ["`compressed_values=True`", "prefix_scaling=1.0"]),
 ]

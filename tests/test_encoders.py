@@ -331,10 +331,15 @@ def test_a_gate_has_one_parameter_per_query_head():
 # ------------------------------------------------------------------------------------------------- compressed values
 
 
-@pytest.mark.parametrize(("reparameterization", "sharing"), [("none", "none"), ("linear", "all"), ("mlp", "projection")])
+@pytest.mark.parametrize(
+    ("reparameterization", "sharing"), [("none", "none"), ("linear", "all"), ("mlp", "projection")]
+)
 def test_values_are_compressed_and_keys_are_not(reparameterization, sharing):
     fields = encoder_fields(reparameterization, sharing)
-    models = [prefixed(tiny_model(), decoupled=True, init_weights=True, compressed_values=flag, **fields) for flag in (True, False)]
+    models = [
+        prefixed(tiny_model(), decoupled=True, init_weights=True, compressed_values=flag, **fields)
+        for flag in (True, False)
+    ]
     torch.manual_seed(1)
     for parameter in adapter_parameters(models[0]).values():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -352,7 +357,9 @@ def test_the_compression_has_its_derivative():
     values = (torch.randn(2, 3, 4, dtype=torch.float64) * 0.1).requires_grad_()
     assert torch.autograd.gradcheck(compressed, [values])
     small = torch.tensor([1e-4, -1e-4])
-    torch.testing.assert_close(compressed(small), small, rtol=1e-4, atol=0)  # the next term is a sixth of (1e-4 / 0.03)²
+    torch.testing.assert_close(
+        compressed(small), small, rtol=1e-4, atol=0
+    )  # the next term is a sixth of (1e-4 / 0.03)²
 
 
 def moved(**fields: object) -> PeftModel:
@@ -379,7 +386,9 @@ def test_an_adapter_that_was_saved_before_values_were_compressed_loads_as_it_was
     for load in (PeftModel.from_pretrained, lambda base, folder: added(base, folder)):
         loaded = load(tiny_model(), tmp_path)
         assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(model, input_ids=token_ids()))
-        assert not torch.equal(output_of(loaded, input_ids=token_ids()), output_of(tiny_model(), input_ids=token_ids()))
+        assert not torch.equal(
+            output_of(loaded, input_ids=token_ids()), output_of(tiny_model(), input_ids=token_ids())
+        )
 
 
 def added(base: torch.nn.Module, folder: object) -> PeftModel:

@@ -83,7 +83,9 @@ def test_troubleshooting_has_the_messages_as_they_are() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
     peft = inspect.getsource(peft_model)
-    headings = re.findall('^## "(.*)"$', (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), flags=re.M)
+    headings = re.findall(
+        '^## "(.*)"$', (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert len(headings) > 10
     assert [heading for heading in headings if heading not in code and heading not in peft] == []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import save_base, tiny_model, token_ids, word_tokenizer
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
