@@ -1,4 +1,4 @@
-"""`prefix-plus convert`: turn a PREFIX_TUNING adapter into a PREFIX_PLUS adapter, or back."""
+"""`prefix-plus convert`: convert a PREFIX_TUNING adapter to PREFIX_PLUS, or back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from peft import PeftModel, PeftType
 from ..conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from ..registration import PREFIX_PLUS
 from .errors import CommandError, shown_as_command_error
-from .loading import base_model_name, check_dtype, load_adapter_config, load_model
+from .loading import BASE_MODEL_HELP, DTYPE_HELP, base_model_name, check_dtype, load_adapter_config, load_model
 
 
 @dataclass(kw_only=True)
 class ConversionSettings:
-    """What to convert, and where the result goes. The fields' help texts say the rest."""
+    """The options of `prefix-plus convert`; the help texts describe them."""
 
     adapter: str = field(metadata={"help": "The adapter: a directory or a name on the Hub."})
     output: Path = field(metadata={"help": "The directory for the converted adapter, new or empty."})
-    model: str | None = field(default=None, metadata={"help": "The base model, if it is not where the adapter says."})
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
+    model: str | None = field(default=None, metadata=BASE_MODEL_HELP)
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -30,19 +28,20 @@ class ConversionSettings:
 
 def convert(settings: ConversionSettings) -> str:
     """
-    Convert an adapter of either method into the other, verify it on the base model and save it.
+    Convert an adapter to the other method, verify it on the base model and save it.
 
     Args:
-        settings (`ConversionSettings`): What to convert, and where the result goes.
+        settings (`ConversionSettings`): The options.
 
     Returns:
         `str`: The method of the new adapter.
 
     Raises:
-        CommandError: If the output is in use, something cannot be loaded, or the conversion is not exact.
+        CommandError: If the output directory is not empty, the adapter or its base model cannot be loaded, or the conversion is not
+            exact.
     """
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
-        raise CommandError(f"{settings.output} is not an empty directory; name another one by --output.")
+        raise CommandError(f"--output must be a new or empty directory, got {settings.output}. Give another one.")
     config = load_adapter_config(settings.adapter)
     if config.peft_type not in (PREFIX_PLUS, PeftType.PREFIX_TUNING):
         raise CommandError(

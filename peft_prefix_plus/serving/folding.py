@@ -197,7 +197,7 @@ def _why_not(model: ServedModel, config: PrefixPlusConfig) -> str | None:
             f"{RETRAIN}"
         )
     if any(value is not None for value in (config.layers_to_transform, config.target_modules, config.exclude_modules)):
-        return f"it has a prefix in some layers only, and a cache has the same tokens in every layer. {RETRAIN}"
+        return f"it chooses layers or modules, and a cache has the same tokens in every layer. {RETRAIN}"
     if model.obstacle:
         return model.obstacle
     return _too_long(model, config.num_virtual_tokens)

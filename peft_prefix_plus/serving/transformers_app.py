@@ -263,7 +263,7 @@ class _Endpoints:
 
     def _check_prompt(self, prompt: list[int], num_tokens: int) -> None:
         if not prompt:
-            raise RefusedError("The prompt is empty. Give at least one token.", param="prompt")
+            raise RefusedError("The prompt has no tokens. Give at least one.", param="prompt")
         if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
             raise RefusedError(
                 f"The prompt has token ids from {min(prompt)} to {max(prompt)}; the model's are 0 to {self._vocabulary - 1}. Use the model's "

@@ -76,11 +76,6 @@ class Chat:
         end = self.tokenizer.eos_token_id
         return after[:1] or ([] if end is None else [end])
 
-    def padding_id(self) -> int:
-        """Return the token to pad with. Its value does not matter, because it is masked and has no loss."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in candidates if token is not None))
-
     def window(self, messages: Sequence[Message], in_prompt: str, text: str) -> Window:
         """Return the window that these messages are, with what all its conversations begin with."""
         window = Window(tuple(messages), in_prompt, text, ())

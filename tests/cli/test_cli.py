@@ -312,7 +312,7 @@ def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: 
     for adapter, output, message in (
         ("lora", "new", "is a LORA adapter; prefix-plus converts PREFIX_TUNING and PREFIX_PLUS adapters"),
         ("top", "new", "Cannot convert the adapter .*A choice of layers cannot be expressed"),
-        ("top", "lora", "lora is not an empty directory"),
+        ("top", "lora", "must be a new or empty directory"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["convert", "--adapter", str(tmp_path / adapter), "--output", str(tmp_path / output)])

@@ -325,7 +325,7 @@ def test_a_file_of_options_and_the_command_line_before_it(base: Path, data: Path
     ("content", "message"),
     [
         ("- a\n", "expected a mapping of options to values, found list"),
-        ("learning_rat: 1\n", "'learning_rat' is no option; did you mean 'learning_rate'?"),
+        ("learning_rat: 1\n", "'learning_rat' is not an option; did you mean 'learning_rate'?"),
         ("batch_size: 1\nper-device-train-batch-size: 2\n", "gives the option --batch-size a second time"),
         ("seed: {a: 1}\n", "'seed' must be a value or a list of values, found dict"),
         ("a: [", "Cannot read"),
