@@ -197,7 +197,7 @@ def load_model_config(name: str, task_type: str = "CAUSAL_LM", source: Source = 
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """Return the number of positions of a model with a table of positions; `None` if positions are rotary and have no limit."""
+    """Return the number of positions of a model with a table of positions; `None` if it has no such table."""
     config: Any = model.config
     if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
         return None

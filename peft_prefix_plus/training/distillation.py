@@ -171,7 +171,7 @@ def encode_conversations(
 
     Args:
         conversations (`Sequence[Conversation]`): The conversations.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
 
     Raises:

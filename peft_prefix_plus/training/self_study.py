@@ -158,7 +158,7 @@ class Writer:
 
     Args:
         model: The model; its adapters are off.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
         temperature (`float`): See [`SelfStudy`].
     """
@@ -251,7 +251,7 @@ def study(
 
     Args:
         model: The model; its adapters are off.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
         settings (`SelfStudy`): How many, and how.
         file (`ConversationFile`): Where they are kept.
