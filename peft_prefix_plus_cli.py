@@ -26,7 +26,7 @@ COMMANDS = {
     "run": "Run another Python program with the method known to PEFT.",
     "generate": "Complete prompts with an adapter.",
     "serve": "Serve a model and its adapters with an OpenAI-compatible server, each adapter as a model with its own name.",
-    "convert": "Convert an adapter of PEFT's PREFIX_TUNING to PREFIX_PLUS with the same output, or back.",
+    "convert": "Convert an adapter to another format with the same output: PEFT's, AdapterHub's, or keys and values.",
     "params": "Count the trainable parameters of every reparameterization and sharing, without a model's weights.",
     "inspect": "Show the size of the prefix in each layer of an adapter and, with data, how much it contributes.",
     "demo": "Train a small language model, or load one, and train a prefix for table-to-text.",

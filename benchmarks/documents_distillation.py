@@ -51,16 +51,19 @@ class Method:
         rate: The learning rate.
         start: `start` of `distill`; `None` for CARTRIDGE, which starts from the document's first tokens by PEFT's own function.
         position_free: See `PrefixPlusConfig`.
+        keeps_sink: Whether the prefix's first keys and values stay as they start, as CARTRIDGE's do.
     """
 
     rate: float
     start: str | None = None
     position_free: bool = False
+    keeps_sink: bool = False
 
 
 METHODS = {
     "PREFIX_PLUS": Method(3e-3, "attention"),
     "PREFIX_PLUS, start: first": Method(3e-3, "first"),
+    "PREFIX_PLUS, frozen sink": Method(3e-3, "attention", keeps_sink=True),
     "PREFIX_PLUS, position-free": Method(3e-3, "attention", position_free=True),
     "PREFIX_PLUS, position-free, quiet start": Method(3e-3, "config", position_free=True),
     "CARTRIDGE": Method(2e-2),
@@ -193,7 +196,20 @@ def adapt(place: Place, method: Method, tokens: int) -> Any:
     fields: dict[str, Any] = dict(decoupled=False, gating=False, position_free=method.position_free)
     model = get_peft_model(base, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **fields))
     start_prefix(model, place.chat, place.window, "default", method.start)
+    if method.keeps_sink:
+        freeze_first_token(model)
     return model
+
+
+def freeze_first_token(model: Any) -> None:
+    """Keep the prefix's first keys and values as they are: without a gradient and weight decay AdamW does not change them."""
+
+    def without_first(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], dim=1)
+
+    for name, parameter in model.named_parameters():
+        if "prefix_plus_encoder" in name:
+            parameter.register_hook(without_first)
 
 
 def perform(
@@ -201,7 +217,7 @@ def perform(
 ) -> dict[str, Any]:
     """Train a prefix, or go on with it, and measure it."""
     method = METHODS[name]
-    directory = run_directory(options.output, name, tokens, options.steps)
+    directory = run_directory(options, name, tokens)
     directory.mkdir(parents=True, exist_ok=True)
     start = time.process_time()
     model = adapt(place, method, tokens)
@@ -225,14 +241,20 @@ def perform(
     found = checkpoints(directory, complete_only=True)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     result.update(minutes=clock.record["seconds"] / 60, losses=clock.record["losses"], loss=answer_loss(model, place))
-    result["facts"] = share_of_facts(model, place)
+    if options.facts:
+        result["facts"] = share_of_facts(model, place)
     return result
 
 
-def run_directory(output: Path, name: str, tokens: int, steps: int) -> Path:
-    return output / "-".join(
-        [*name.replace(",", "").replace(":", "").lower().split(), f"{tokens}tokens", f"{steps}steps"]
-    )
+def data_directory(options: argparse.Namespace) -> Path:
+    """Return where the conversations are, and the runs that learn from them."""
+    directory: Path = options.output / f"{'recited' if options.recited else 'all'}-{options.conversations}"
+    return directory
+
+
+def run_directory(options: argparse.Namespace, name: str, tokens: int) -> Path:
+    words = name.replace(",", "").replace(":", "").lower().split()
+    return data_directory(options) / "-".join([*words, f"{tokens}tokens", f"{options.steps}steps"])
 
 
 def kept(file: Path, make: Any) -> dict[str, Any]:
@@ -249,20 +271,16 @@ def training_rows(place: Place, options: argparse.Namespace) -> list[dict[str, A
     """Return the conversations that all methods learn from, and note the CPU time that they took."""
     templates = [template for template in TEMPLATES if template.recites or not options.recited]
     settings = SelfStudy(num_conversations=options.conversations, templates=templates)
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = ConversationFile(
-        options.output / f"conversations{'-recited' * options.recited}-{options.conversations}.jsonl",
-        settings.batch_size,
-    )
+    directory = data_directory(options)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = ConversationFile(directory / "conversations.jsonl", settings.batch_size)
     start = time.process_time()
     conversations = study(
         place.base(), place.chat, [place.window], settings, file, lambda done: print(f"  {done}", flush=True)
     )
     minutes = (time.process_time() - start) / 60
     if minutes > 0.1:
-        with (options.output / f"conversations{'-recited' * options.recited}-{options.conversations}.minutes").open(
-            "a", encoding="utf-8"
-        ) as log:
+        with (directory / "conversations.minutes").open("a", encoding="utf-8") as log:
             log.write(f"{minutes:.2f}\n")
     return encode_conversations(conversations, place.chat, [place.window])
 
@@ -288,7 +306,7 @@ def report(console: Console, base: dict[str, float], results: dict[tuple[str, in
             f"{closed[0]:.0f} %",
             f"{result['loss']:.3f}",
             f"{closed[1]:.0f} %",
-            f"{result['facts']:.2f}",
+            f"{result['facts']:.2f}" if "facts" in result else "",
         ]
         table.add_row(name, str(tokens), *cells)
     console.print(table)
@@ -304,6 +322,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--every", type=int, default=20, help="steps between measurements of the loss")
     parser.add_argument("--recited", action="store_true", help="only answers that are the document's own words")
+    parser.add_argument(
+        "--facts", action=argparse.BooleanOptionalAction, default=True, help="let the model answer too"
+    )
     parser.add_argument("--done", action="store_true", help="report what has been run")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -315,7 +336,7 @@ def main() -> None:
     results: dict[tuple[str, int], dict[str, Any]] = {}
     for tokens in options.tokens:
         for name in options.methods:
-            file = run_directory(options.output, name, tokens, options.steps) / "result.json"
+            file = run_directory(options, name, tokens) / "result.json"
             if options.done and not file.exists():
                 continue
             if not file.exists():

@@ -36,15 +36,20 @@ class Section:
     questions: tuple[Question, ...]
 
 
-def document() -> str:
-    """Return the handbook."""
-    parts = [f"{number}. {section.title}\n{section.text}" for number, section in enumerate(_sections(), start=1)]
+WHOLE, FIRST, SECOND = slice(None), slice(0, 6), slice(6, 12)
+"""The whole handbook, and two parts of it that share no section: two short documents."""
+
+
+def document(part: slice = WHOLE) -> str:
+    """Return the handbook, or the sections of a part of it."""
+    sections = list(enumerate(_sections(), start=1))[part]
+    parts = [f"{number}. {section.title}\n{section.text}" for number, section in sections]
     return "\n\n".join(["Handbook of the Orvane Ferry Service", *parts])
 
 
-def held_out_questions() -> list[Question]:
-    """Return the questions that are asked about the handbook, in a fixed random order."""
-    questions = [question for section in _sections() for question in section.questions]
+def held_out_questions(part: slice = WHOLE) -> list[Question]:
+    """Return the questions that are asked about the handbook, or about a part of it, in a fixed random order."""
+    questions = [question for section in _sections()[part] for question in section.questions]
     random.Random(2).shuffle(questions)
     return questions
 

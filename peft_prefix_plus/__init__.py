@@ -4,10 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .adapters.composition import compose
+from .adapters.loading import load_adapters
 from .attention import prefix_attention
 from .config import PrefixPlusConfig
+from .conversion.adapterhub import from_adapterhub, to_adapterhub
 from .conversion.cartridge import from_cartridge, to_cartridge
 from .conversion.flatten import flatten, prefix_key_values
+from .conversion.key_values import from_key_values, to_key_values
 from .conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from .insight.attention_mass import prefix_attention_mass
 from .insight.contribution import prefix_contribution
@@ -44,10 +47,13 @@ __all__ = [
     "distill",
     "example_inputs",
     "flatten",
+    "from_adapterhub",
     "from_cartridge",
+    "from_key_values",
     "from_prefix_tuning",
     "initialize_from_key_values",
     "initialize_from_text",
+    "load_adapters",
     "plot_attention_mass",
     "plot_prefix_contribution",
     "plot_prefix_norms",
@@ -58,7 +64,9 @@ __all__ = [
     "prefix_plus_param_groups",
     "prune_layers",
     "suggest_layers",
+    "to_adapterhub",
     "to_cartridge",
+    "to_key_values",
     "to_prefix_tuning",
 ]
 

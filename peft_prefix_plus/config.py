@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
-from .saving.weights import BROKEN_FILE, check_saved_weights, find_weights, read_weights
+from .saving.weights import BROKEN_FILE, SavedWeights, check_saved_weights, read_saved_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -413,7 +413,13 @@ class PrefixPlusConfig(PeftConfig):
         Raises:
             ValueError: If there is no configuration, it is broken, or the weights beside it were saved with another one.
         """
-        source = pretrained_model_name_or_path
+        return cls._with_weights(pretrained_model_name_or_path, subfolder, **kwargs)[0]
+
+    @classmethod
+    def _with_weights(
+        cls, source: str, subfolder: str | None = None, **kwargs: Any
+    ) -> tuple[PrefixPlusConfig, SavedWeights | None]:
+        """Load a configuration as `from_pretrained` does, and return with it what the file of the weights says of them."""
         path = os.path.join(source, subfolder or "", CONFIG_NAME)
         try:
             config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
@@ -425,11 +431,11 @@ class PrefixPlusConfig(PeftConfig):
                 "adapter again."
             ) from error
         hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
-        weights = find_weights(source, subfolder, **hub_kwargs)
+        weights = read_saved_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):
-            check_saved_weights(read_weights(weights), config.to_dict())
+            check_saved_weights(weights, config.to_dict())
         config.awaits_weights = True
-        return config
+        return config, weights
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

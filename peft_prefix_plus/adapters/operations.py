@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, wraps
 from typing import Any
 
@@ -20,10 +21,20 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import PrefixPlusConfig
 from ..registration import PREFIX_PLUS
-from ..saving.files import CARD_NAME, update_model_card, write_atomically, write_model_card
+from ..saving.files import CARD_NAME, prefix_tuning_folder, update_model_card, write_atomically, write_model_card
+from ..saving.prefix_tuning_folder import (
+    Exported,
+    as_prefix_tuning,
+    remove_outdated_prefix_tuning,
+    write_prefix_tuning,
+)
 from ..saving.together import saving_together
-from ..saving.weights import difference_of_settings, find_weights, naming_file, read_weights, write_settings
+from ..saving.weights import difference_of_settings, find_weights, naming_file, read_saved_weights, write_settings
 from .snapshot import Snapshot, all_or_nothing, what_switching_changes
+
+
+_PUSHED: ContextVar[Exported | None] = ContextVar("exported", default=None)
+"""What the `push_to_hub` in progress adds to what it saves: PEFT's own calls `save_pretrained` without the arguments that it does not know."""
 
 
 def act_as_a_whole(model: PeftModel) -> None:
@@ -91,11 +102,16 @@ class WholeOperations:
                     f"{directory} has no weights of an adapter: expected the file {SAFETENSORS_WEIGHTS_NAME}."
                 )
             with naming_file(directory):
-                if adapter_name in self.peft_config:
+                known = self.peft_config.get(adapter_name)
+                is_prefix = known is None or known.peft_type == PREFIX_PLUS  # not another method's on the same model
+                if known is not None and is_prefix:
                     _check_same_settings(self, adapter_name, model_id, hub_kwargs)
-                elif os.path.isdir(model_id):
-                    PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
-                return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+                try:
+                    return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+                except Exception:
+                    if is_prefix and os.path.isdir(model_id):
+                        PrefixPlusConfig.from_pretrained(model_id, **hub_kwargs)  # whose errors say more than PEFT's
+                    raise
         except BaseException:
             before.restore()
             raise
@@ -108,8 +124,22 @@ class WholeOperations:
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        include_prefix_tuning: bool = False,
         **kwargs: Any,
     ) -> None:
+        """
+        Save the adapters, all files together.
+
+        Args:
+            save_directory (`str`): The directory, made if it does not exist.
+            include_prefix_tuning (`bool`, defaults to `False`):
+                Add each adapter as one of PEFT's PREFIX_TUNING, which PEFT loads without this package: in the folder
+                `prefix_tuning`, and for an adapter that is not named "default" in `NAME_prefix_tuning`.
+            kwargs: As in [`PeftModel.save_pretrained`].
+
+        Raises:
+            ValueError: If an adapter cannot be expressed in PREFIX_TUNING. Nothing is then written.
+        """
         options = {
             "safe_serialization": safe_serialization,
             "selected_adapters": selected_adapters,
@@ -120,14 +150,30 @@ class WholeOperations:
         if not is_main_process or os.path.isfile(save_directory):
             super().save_pretrained(save_directory, **options)  # type: ignore[misc]
             return
+        saved = [
+            name for name in selected_adapters or self.peft_config if self.peft_config[name].peft_type == PREFIX_PLUS
+        ]
+        exported = as_prefix_tuning(self, saved) if include_prefix_tuning else _PUSHED.get() or {}
         with all_or_nothing(self, modules=()), saving_together(save_directory) as folder:
             if os.path.exists(os.path.join(save_directory, CARD_NAME)):
                 shutil.copy(os.path.join(save_directory, CARD_NAME), folder)  # PEFT updates the card that it finds
             super().save_pretrained(folder, **options)  # type: ignore[misc]
-            for name in selected_adapters or self.peft_config:
-                if self.peft_config[name].peft_type == PREFIX_PLUS:
-                    _complete_files(self, name, folder if name == "default" else os.path.join(folder, name))
+            for name in saved:
+                _complete_files(self, name, folder if name == "default" else os.path.join(folder, name))
+            write_prefix_tuning(exported, folder)
+        for name in saved:
+            if name not in exported:
+                remove_outdated_prefix_tuning(os.path.join(save_directory, prefix_tuning_folder(name)))
         update_model_card(os.fspath(save_directory))
+
+    @wraps(PeftModel.push_to_hub)
+    def push_to_hub(self: Any, *args: Any, include_prefix_tuning: bool = False, **kwargs: Any) -> Any:
+        names = [name for name, config in self.peft_config.items() if config.peft_type == PREFIX_PLUS]
+        pushed = _PUSHED.set(as_prefix_tuning(self, names) if include_prefix_tuning else None)
+        try:
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _PUSHED.reset(pushed)
 
     def create_or_update_model_card(self: Any, output_dir: str, repo_id: str | None = None) -> None:
         """
@@ -169,13 +215,16 @@ def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[st
     adapter's configuration.
     """
     own = model.base_model.resolved_config(name).to_dict()
-    path = find_weights(source, **hub_kwargs)
-    found = [] if path is None else [(path, read_weights(path).settings)]
+    found = []
     try:
-        found.append((f"{CONFIG_NAME} of {source}", PrefixPlusConfig.from_pretrained(source, **hub_kwargs).to_dict()))
+        config, weights = PrefixPlusConfig._with_weights(source, **hub_kwargs)
+        found.append((f"{CONFIG_NAME} of {source}", config.to_dict()))
     except ValueError:
-        if path is None or os.path.exists(os.path.join(os.path.dirname(path), CONFIG_NAME)):
+        weights = read_saved_weights(source, **hub_kwargs)
+        if weights is None or os.path.exists(os.path.join(os.path.dirname(weights.path), CONFIG_NAME)):
             raise  # there is no need of a configuration, but where there is one it must be right
+    if weights is not None:
+        found.insert(0, (weights.path, weights.settings))
     for where, saved in found:
         setting = difference_of_settings(own, saved)
         if setting is not None:

@@ -136,3 +136,19 @@ def all_or_nothing(
     except BaseException:
         snapshot.restore()
         raise
+
+
+@contextmanager
+def restored_afterwards(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """
+    Restore a model when the block ends, however it ends.
+
+    Args:
+        model (`nn.Module`): The model.
+        modules (`Iterable[nn.Module]`, *optional*): The modules that the block may change; `None` means all.
+    """
+    snapshot = Snapshot(model, modules=modules)
+    try:
+        yield
+    finally:
+        snapshot.restore()

@@ -58,9 +58,9 @@ def serve(settings: serving.ServingSettings, transformers_settings: serving.Tran
 
 @command(app, {"Options": conversion.ConversionSettings})
 def convert(settings: conversion.ConversionSettings) -> None:
-    """Convert an adapter of PEFT's PREFIX_TUNING to PREFIX_PLUS with the same output, or back."""
-    method = conversion.convert(settings)
-    print(f"The {method} adapter is in {settings.output}.")
+    """Convert an adapter to another format with the same output: PEFT's, AdapterHub's, or keys and values."""
+    title = conversion.convert(settings)
+    print(f"The {title} is in {settings.output}.")
 
 
 @command(app, {"Options": parameters.CountingSettings})

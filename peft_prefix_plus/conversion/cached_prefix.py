@@ -5,8 +5,7 @@ Converting adapters of PEFT's methods whose prefix is a cache to PREFIX_PLUS ada
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +24,18 @@ from peft import (
 )
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import nn
 
 from ..adapters.lookup import layers_with_adapter
+from ..adapters.snapshot import all_or_nothing, restored_afterwards
 from ..config import PrefixPlusConfig
 from ..model import PrefixPlusModel
 from ..probing.modules import attention_modules
 from ..probing.recording import evaluating
 from ..probing.targets import select_modules
+from ..saving.prefix_tuning_folder import save_cached_prefix
 from ..starting.initialization import initialize_from_key_values
+from .arguments import check_base_model
 from .exactness import (
     check_equal,
     exact_up_to,
@@ -83,7 +84,7 @@ def from_cached_prefix(
     """Convert an adapter of a method to a PREFIX_PLUS adapter with the same output: see [`from_prefix_tuning`]."""
     _check_arguments(adapter, model)
     base: Any = adapter.get_base_model() if isinstance(adapter, PeftModel) else model
-    with _undone_on_error(base) as take_off_wrappers, _training_flags_kept(base):
+    with all_or_nothing(base), evaluating(base):  # PEFT leaves a model that it loads onto in evaluation mode
         source = (
             adapter if isinstance(adapter, PeftModel) else _load(method, adapter, base, allow_pickle, hub_arguments)
         )
@@ -101,20 +102,15 @@ def from_cached_prefix(
             for key, tensor in get_peft_model_state_dict(source, adapter_name=str(source.active_adapter)).items()
             if key != PROMPT_EMBEDDINGS
         }
-        take_off_wrappers()
+        _take_off_wrappers(base)
 
         config = _plus_config(base, source_config, list(prefixed))
         result = get_peft_model(base, config, adapter_name=adapter_name)
-        try:
-            initialize_from_key_values(result, key_values, adapter_name)
-            _fill_saved_modules(result, adapter_name, saved_modules)
-            with evaluating(result), torch.no_grad():
-                found = result(**inputs)[0]
-            check_equal(base, found, expected, rounding, length, method.name)
-        except BaseException:
-            assert isinstance(result.base_model, PrefixPlusModel)
-            result.base_model.unload()
-            raise
+        initialize_from_key_values(result, key_values, adapter_name)
+        _fill_saved_modules(result, adapter_name, saved_modules)
+        with evaluating(result):
+            found = result(**inputs)[0]
+        check_equal(base, found, expected, rounding, length, method.name)
     warn_of_length(exact)
     return result
 
@@ -137,7 +133,8 @@ def to_cached_prefix(
     length = config.num_virtual_tokens
     exact = exact_up_to(base, length, method.name)
     inputs = random_text(base, exact)
-    with _only_active(model, adapter_name), evaluating(base):
+    with restored_afterwards(model), evaluating(base):
+        model.base_model.set_adapter(adapter_name)  # type: ignore[operator]
         expected = model(**inputs)[0]
         carrier = PeftModel(base, config)  # the plain class: the one of the task would wrap the head anew
         if (config.token_dim, config.num_attention_heads) != _token_shape(prefixes):
@@ -161,9 +158,7 @@ def to_cached_prefix(
         if PrefixPlusModel.prefix not in key:
             state_dict[f"base_model.{key.removeprefix('base_model.model.')}"] = tensor.detach().cpu().clone()
     if save_directory is not None:
-        os.makedirs(save_directory, exist_ok=True)
-        save_file(state_dict, os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        config.save_pretrained(os.fspath(save_directory))
+        save_cached_prefix(config, state_dict, save_directory)
     warn_of_length(exact)
     return config, state_dict
 
@@ -175,11 +170,8 @@ def _check_arguments(adapter: Any, model: Any) -> None:
     if isinstance(adapter, PeftModel):
         if model is not None:
             raise TypeError("`model` must be None where `adapter` is a PeftModel, which has its base model already.")
-    elif isinstance(model, PeftModel) or not isinstance(model, nn.Module) or "peft_config" in vars(model):
-        raise TypeError(
-            f"`model` must be the base model, without adapters, that the adapter {os.fspath(adapter)!r} was trained on; "
-            f"got {type(model).__name__}" + (" with adapters." if isinstance(model, nn.Module) else ".")
-        )
+    else:
+        check_base_model(model, os.fspath(adapter))
 
 
 def _load(
@@ -297,6 +289,13 @@ def _token_shape(prefixes: Mapping[str, Any]) -> tuple[int, int]:
     return key.shape[0] * key.shape[2], key.shape[0]
 
 
+def _take_off_wrappers(base: nn.Module) -> None:
+    """Put the modules that PEFT has wrapped to save them back in place, so that another adapter can add its own wrappers."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            base.set_submodule(name, module.original_module)
+
+
 def _fill_saved_modules(model: PeftModel, adapter_name: str, saved_modules: Mapping[str, torch.Tensor]) -> None:
     """Give a new adapter its modules that are saved in full."""
     if not saved_modules:
@@ -307,60 +306,3 @@ def _fill_saved_modules(model: PeftModel, adapter_name: str, saved_modules: Mapp
         if name in saved_modules:
             state_dict[key] = saved_modules[name].to(tensor)
     set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name)
-
-
-# ------------------------------------------------------------------------------------------------------ what is put back
-
-
-@contextmanager
-def _undone_on_error(base: nn.Module) -> Iterator[Callable[[], None]]:
-    """
-    Restore a base model if an error occurs: its flags, and which of its modules PEFT has wrapped to save them.
-
-    Yields a function that removes these wrappers, so that another adapter can add its own.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    wrappers = {name for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-    taken_off: dict[str, nn.Module] = {}
-
-    def take_off_wrappers() -> None:
-        for name, module in list(base.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                taken_off[name] = module
-                base.set_submodule(name, module.original_module)
-
-    try:
-        yield take_off_wrappers
-    except BaseException:
-        take_off_wrappers()
-        for name in wrappers:
-            base.set_submodule(name, taken_off[name])
-        for parameter, requires_grad in flags:
-            parameter.requires_grad = requires_grad
-        raise
-
-
-@contextmanager
-def _training_flags_kept(base: nn.Module) -> Iterator[None]:
-    """Keep the mode of every module of a base model: PEFT puts a loaded one in evaluation mode."""
-    training = [(module, module.training) for module in base.modules()]
-    try:
-        yield
-    finally:
-        for module, is_training in training:
-            module.training = is_training
-
-
-@contextmanager
-def _only_active(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Make one adapter the only active one for a while."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = list(model.active_adapters)
-    tuner: Any = model.base_model
-    try:
-        tuner.set_adapter(adapter_name)
-        yield
-    finally:
-        tuner.set_adapter(active)
-        for parameter, requires_grad in flags:
-            parameter.requires_grad = requires_grad

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, PeftType, PrefixTuningConfig
 from torch import nn
 
+from ..saving.prefix_tuning_folder import CONVERTERS
 from .cached_prefix import CachedPrefix, from_cached_prefix, to_cached_prefix
 
 
@@ -100,3 +101,6 @@ def to_prefix_tuning(
         UserWarning: As [`from_prefix_tuning`].
     """
     return to_cached_prefix(_METHOD, model, adapter_name, save_directory)
+
+
+CONVERTERS[PeftType.PREFIX_TUNING] = to_prefix_tuning

@@ -6,24 +6,38 @@ load the adapters, from the adapters in the card's directory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any
 
 import peft
 import yaml
 from huggingface_hub import ModelCard, metadata_load
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..registration import PREFIX_PLUS
-from .model_card import SavedAdapter, how_to_use, is_hub_id, update_metadata, with_section
-from .weights import UNFINISHED
+from .model_card import SavedAdapter, Training, how_to_use, is_hub_id, update_metadata, with_section
+from .weights import UNFINISHED, read_weights
 
 
 CARD_NAME = "README.md"
 CONFIG_NAME = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"
+
+NOT_LEARNED = "prefix_plus_scaling.factors"
+"""How the names of tensors end that an adapter's file has beside parameters: the measured scales."""
+
+
+def prefix_tuning_folder(adapter_name: str) -> str:
+    """The folder for an adapter as one of PEFT's PREFIX_TUNING. Below each other there are no folders: pushing leaves them out."""
+    return "prefix_tuning" if adapter_name == "default" else f"{adapter_name}_prefix_tuning"
 
 
 def write_atomically(path: str, text: str) -> None:
@@ -82,9 +96,10 @@ def update_model_card(directory: str, repo_id: str | None = None, any_library: b
     if card is None or not adapters or not (any_library or card.data.library_name == "peft"):
         return
     update_metadata(card.data, adapters[0])
+    training = _training_of(directory, card.data)
     parent, name = os.path.split(os.path.abspath(directory))
     name = os.path.basename(parent) if name.startswith(UNFINISHED) else name  # which the card is about to be moved to
-    card.text = with_section(card.text, how_to_use(adapters, repo_id, name))
+    card.text = with_section(card.text, how_to_use(adapters, repo_id, name, training))
     write_atomically(os.path.join(directory, CARD_NAME), str(card))
 
 
@@ -129,7 +144,47 @@ def _saved_adapters(directory: str) -> Iterator[SavedAdapter]:
         except (OSError, ValueError):
             continue
         if isinstance(config, dict) and config.get("peft_type") == PREFIX_PLUS.value:
-            yield SavedAdapter(subfolder, config)
+            adapter = SavedAdapter(subfolder, config)
+            folder = prefix_tuning_folder(adapter.name)
+            has_prefix_tuning = os.path.isfile(os.path.join(directory, folder, CONFIG_NAME))
+            yield replace(
+                adapter,
+                num_parameters=_num_parameters(path),
+                prefix_tuning=folder if has_prefix_tuning else None,
+            )
+
+
+def _num_parameters(folder: str) -> int | None:
+    """The number of parameters that an adapter has learned, if its file of weights can be read."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return None
+    try:
+        shapes = read_weights(path).shapes
+    except (OSError, ValueError):
+        return None
+    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(NOT_LEARNED))
+
+
+def _training_of(directory: str, data: Any) -> Training:
+    """What the Trainer has left in a directory, in its checkpoints and on the card, about the training."""
+    paths = [
+        os.path.join(directory, TRAINER_STATE),
+        *sorted(
+            glob(os.path.join(glob_escape(directory), "checkpoint-*", TRAINER_STATE)),
+            key=os.path.getmtime,
+            reverse=True,
+        ),
+    ]
+    state: Any = {}
+    for path in filter(os.path.isfile, paths):
+        try:
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            break
+        except (OSError, ValueError):
+            continue
+    return Training.of(state, data.datasets)
 
 
 def _load_metadata(directory: str) -> dict[str, Any]:

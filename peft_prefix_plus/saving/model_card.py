@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -35,15 +36,52 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "QUESTION_ANS": ("ForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": ("ForFeatureExtraction", "feature-extraction"),
 }
+WIDGETS: dict[str, dict[str, str]] = {
+    "text-generation": {"text": "Once upon a time"},
+    "text-classification": {"text": "I liked it a lot."},
+    "token-classification": {"text": "My name is Clara and I live in Berkeley, California."},
+    "question-answering": {"text": "Where do I live?", "context": "My name is Merve and I live in İstanbul."},
+}
+"""By the Hub's name for a task, what the form on a model's page has in it at first. The author's own examples stay."""
 LABELLED_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter in a directory: the folder below that it lies in, if any, and the fields of its configuration."""
+    """
+    An adapter in a directory: the folder below that it lies in, if any, the fields of its configuration, the number of its learned
+    parameters, and the folder that has it as one of PEFT's PREFIX_TUNING, as far as there are any.
+    """
 
     subfolder: str | None
     config: dict[str, Any]
+    num_parameters: int | None = None
+    prefix_tuning: str | None = None
+
+    @property
+    def form(self) -> str:
+        if self.config.get("gating"):
+            return "gated"
+        return "decoupled" if self.config.get("decoupled") else "joint"
+
+    @property
+    def runs_in(self) -> str:
+        """The programs that can use it; vLLM can on base models that `prefix-plus serve` takes."""
+        return {"cache": "transformers, vLLM (in its cache)", "added": "transformers, vLLM"}.get(
+            self.served or "", "transformers"
+        )
+
+    @property
+    def served(self) -> str | None:
+        """How vLLM takes it: in its "cache", "added" to attention, or, as far as its configuration says, not at all."""
+        fields = self.config
+        if self.task_type != "CAUSAL_LM" or fields.get("modules_to_save"):
+            return None
+        if self.form != "joint":
+            return "added"
+        choices = ("layers_to_transform", "target_modules", "exclude_modules")
+        is_everywhere = all(fields.get(name) is None for name in choices)
+        return "cache" if fields.get("position_free") is False and is_everywhere else None
 
     @property
     def name(self) -> str:
@@ -56,6 +94,45 @@ class SavedAdapter:
     @property
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the Trainer knows of a training: how long it was, on what data, and the last value of each metric."""
+
+    length: str | None = None
+    datasets: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Any, datasets: Any) -> Training:
+        """
+        Read it from a Trainer's state, as the file `trainer_state.json` has it.
+
+        Args:
+            state: The content of the file; what is not as the Trainer writes it is left out.
+            datasets: The data sets that the card's metadata name.
+        """
+        state = state if isinstance(state, dict) else {}
+        history = state.get("log_history")
+        metrics: dict[str, float] = {}
+        for entry in history if isinstance(history, list) else []:
+            for name, value in entry.items() if isinstance(entry, dict) else []:
+                is_metric = name in ("loss", "train_loss") or name.startswith("eval_")
+                if is_metric and not name.endswith(SPEEDS) and isinstance(value, (int, float)):
+                    metrics[name] = value
+        steps, epochs = state.get("global_step"), state.get("epoch")
+        length = None
+        if isinstance(steps, int) and isinstance(epochs, (int, float)):
+            length = f"{steps:,} steps, {epochs:.3g} epochs"
+        named = [datasets] if isinstance(datasets, str) else datasets or []
+        return cls(length, tuple(name for name in named if isinstance(name, str)), metrics)
+
+
+NOTHING_KNOWN = Training()
+
+SPEEDS = ("runtime", "per_second")
+"""How the names end by which the Trainer logs how long something took."""
 
 
 def is_hub_id(name: Any) -> bool:
@@ -85,6 +162,8 @@ def update_metadata(data: ModelCardData, adapter: SavedAdapter) -> None:
     data.tags = sorted(tags.union(TAGS))
     if not data.pipeline_tag and adapter.task_type in TASKS:
         data.pipeline_tag = TASKS[adapter.task_type][1]
+    if data.get("widget") is None and data.pipeline_tag in WIDGETS:
+        data["widget"] = [dict(WIDGETS[data.pipeline_tag])]
 
 
 def _is_public(tag: str) -> bool:
@@ -123,14 +202,17 @@ def _first_heading_below_title(text: str) -> int:
     return position
 
 
-def how_to_use(adapters: list[SavedAdapter], repo_id: str | None, directory_name: str) -> str:
+def how_to_use(
+    adapters: list[SavedAdapter], repo_id: str | None, directory_name: str, training: Training = NOTHING_KNOWN
+) -> str:
     """
-    Return the section of a card that says how to load adapters, and what they are.
+    Return the section of a card that says how to load and serve adapters, and what they are.
 
     Args:
         adapters (`list[SavedAdapter]`): The adapters.
         repo_id (`str`, *optional*): The repository that they are in; `None` if it is not known.
         directory_name (`str`): The name of the directory that they are in, which stands for the repository then.
+        training (`Training`): What is known of their training.
     """
     first = adapters[0]
     base_model = f"`{first.base_model}`" if is_hub_id(first.base_model) else "its base model"
@@ -147,7 +229,8 @@ def how_to_use(adapters: list[SavedAdapter], repo_id: str | None, directory_name
     ]
     if is_hub_id(first.base_model):  # only then can PEFT find the base model on another machine
         parts += ["Or with the base model in one step:", _python(_auto_loading_lines(first, repo_id, directory_name))]
-    parts += [_settings_table(adapters), SECTION_END]
+    parts += [*_serving(adapters, repo_id, directory_name), *_without_package(adapters, repo_id, directory_name)]
+    parts += [_settings_table(adapters), *_training_table(training), SECTION_END]
     return "\n\n".join(parts)
 
 
@@ -158,19 +241,23 @@ def _python(lines: list[str]) -> str:
 IMPORT_LINE = "import peft_prefix_plus  # noqa: F401 (registers the method PREFIX_PLUS with PEFT)"
 
 
-def _loading_lines(adapters: list[SavedAdapter], repo_id: str | None, directory_name: str) -> list[str]:
+def _loading_lines(
+    adapters: list[SavedAdapter], repo_id: str | None, directory_name: str, of_peft: bool = False
+) -> list[str]:
+    """The lines that load adapters, as this package has them or as PEFT alone does."""
     first = adapters[0]
     module, class_name = _base_model_class(first)
     source, comment = _source(repo_id, directory_name)
     lines = [
-        IMPORT_LINE,
+        *([] if of_peft else [IMPORT_LINE]),
         "from peft import PeftModel",
         f"from {module} import {class_name}",
         "",
         f"base_model = {class_name}.from_pretrained({_base_model_arguments(first)}){_base_model_comment(first)}",
     ]
     for adapter in adapters:
-        where = "" if adapter.subfolder is None else f", subfolder={_quoted(adapter.subfolder)}"
+        subfolder = adapter.prefix_tuning if of_peft else adapter.subfolder
+        where = "" if subfolder is None else f", subfolder={_quoted(subfolder)}"
         named = "" if adapter.subfolder is None else f", adapter_name={_quoted(adapter.name)}"
         if adapter is first:
             lines.append(f"model = PeftModel.from_pretrained(base_model, {source}{named}{where}){comment}")
@@ -189,6 +276,48 @@ def _auto_loading_lines(adapter: SavedAdapter, repo_id: str | None, directory_na
         "",
         f"model = AutoPeftModel{suffix}.from_pretrained({source}{where}){comment}",
     ]
+
+
+def _serving(adapters: list[SavedAdapter], repo_id: str | None, directory_name: str) -> list[str]:
+    """How to serve what vLLM takes."""
+    served = [adapter for adapter in adapters if adapter.served and adapter.subfolder is None]
+    if not served:
+        return []
+    source, base_model = repo_id or directory_name, served[0].base_model or "base-model"
+    base_model = base_model if is_hub_id(base_model) else os.path.basename(os.path.normpath(base_model))
+    name = re.sub(r"[^\w.-]+", "-", source.rpartition("/")[2])
+    command = ["prefix-plus", "serve", "--model", base_model, "--adapter", f"{name}={source}"]
+    revision = served[0].config.get("revision")
+    command += ["--", "--revision", revision] if revision else []
+    lines = ['pip install "peft-prefix-plus[serve]"', shlex.join(command)]
+    return [
+        f"An OpenAI-compatible server (vLLM) with the adapter as the model `{name}`:",
+        "\n".join(["```sh", *lines, "```"]),
+    ]
+
+
+def _without_package(adapters: list[SavedAdapter], repo_id: str | None, directory_name: str) -> list[str]:
+    """How to load an adapter where this package is not installed."""
+    found = [adapter for adapter in adapters if adapter.prefix_tuning]
+    if found:
+        lines = _loading_lines(found, repo_id, directory_name, of_peft=True)
+        return ["Without this package, as PEFT's own `PREFIX_TUNING`:", _python(lines)]
+    if any(adapter.served == "cache" for adapter in adapters):
+        save = "model.save_pretrained(directory, include_prefix_tuning=True)"
+        return [f"Without this package PEFT loads the adapter as `PREFIX_TUNING`, if it is saved with `{save}`."]
+    return []
+
+
+def _training_table(training: Training) -> list[str]:
+    rows = []
+    if training.datasets:
+        rows.append(("Data", ", ".join(f"`{name}`" for name in training.datasets)))
+    if training.length:
+        rows.append(("Length", training.length))
+    rows += [(f"`{name}`", f"{value:.4g}") for name, value in sorted(training.metrics.items())]
+    if not rows:
+        return []
+    return ["\n".join(["| Training | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])]
 
 
 def _source(repo_id: str | None, directory_name: str) -> tuple[str, str]:
@@ -234,9 +363,25 @@ def _settings_table(adapters: list[SavedAdapter]) -> str:
     columns = [_settings(adapter.config) for adapter in adapters]
     names = ["Value"] if len(adapters) == 1 else [f"`{adapter.name}`" for adapter in adapters]
     settings = [setting for setting in columns[0] if any(column[setting] is not None for column in columns)]
+    adapters_of: dict[str, list[str | None]] = {
+        "Base model": [_base_model_cell(adapter) for adapter in adapters],
+        "Form": [adapter.form for adapter in adapters],
+        "Runs in": [adapter.runs_in for adapter in adapters],
+        "Trained parameters": [
+            None if adapter.num_parameters is None else f"{adapter.num_parameters:,}" for adapter in adapters
+        ],
+    }
     rows = [["Setting", *names], ["---"] * (len(names) + 1)]
+    rows += [[name, *(cell or "–" for cell in cells)] for name, cells in adapters_of.items() if any(cells)]
     rows += [[setting, *(column[setting] or "–" for column in columns)] for setting in settings]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _base_model_cell(adapter: SavedAdapter) -> str | None:
+    if not is_hub_id(adapter.base_model):
+        return None
+    revision = adapter.config.get("revision")
+    return f"`{adapter.base_model}`" + (f", revision `{revision}`" if revision else "")
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str | None]:
@@ -253,7 +398,7 @@ def _settings(config: dict[str, Any]) -> dict[str, str | None]:
         "Layers": _listed(config.get("layers_to_transform")) or "all",
         "Attention modules": _listed(config.get("target_modules")),
         "Attention modules left out": _listed(config.get("exclude_modules")),
-        "Gating": "yes" if config.get("gating") else None,
+        "Positions": None if config.get("position_free") is None else "free" if config["position_free"] else "fixed",
         "Other trained modules": _listed(config.get("modules_to_save")),
     }
 

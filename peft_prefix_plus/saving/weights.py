@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -124,6 +124,46 @@ def find_weights(source: str, subfolder: str | None = None, **hub_kwargs: Any) -
     return None
 
 
+def read_saved_weights(source: str, subfolder: str | None = None, **hub_kwargs: Any) -> SavedWeights | None:
+    """
+    Read what the file of an adapter's weights says of them, or return `None` if there is no file. Of a file on the Hub that is not in
+    the cache, only the header is loaded.
+
+    Args:
+        source (`str`): A directory or a repository on the Hub.
+        subfolder (`str`, *optional*): A folder in it.
+        hub_kwargs: As in `hf_hub_download`.
+
+    Raises:
+        ValueError: If the file is broken, or a pickle of more than tensors.
+    """
+    if not os.path.isdir(source) and not hub_kwargs.get("force_download"):
+        remote = _read_remote_header(
+            source, f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME, hub_kwargs
+        )
+        if remote is not None:
+            return remote
+    path = find_weights(source, subfolder, **hub_kwargs)
+    return None if path is None else read_weights(path)
+
+
+def _read_remote_header(repo_id: str, name: str, hub_kwargs: Mapping[str, Any]) -> SavedWeights | None:
+    """Load the header of a file on the Hub that is not in the cache; `None` if that does not work, or is not needed."""
+    revision = hub_kwargs.get("revision")
+    try:
+        # what is cached is of the commit that the configuration, which is loaded first, has just been found at
+        cached = try_to_load_from_cache(repo_id, name, cache_dir=hub_kwargs.get("cache_dir"), revision=revision)
+        if isinstance(cached, str) or hub_kwargs.get("local_files_only"):
+            return None
+        header = HfApi(endpoint=hub_kwargs.get("endpoint")).parse_safetensors_file_metadata(
+            repo_id, name, revision=revision, token=hub_kwargs.get("token")
+        )
+    except Exception:  # noqa: BLE001 - downloading the file says what is wrong
+        return None
+    shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+    return SavedWeights(f"{repo_id}/{name}", shapes, _settings_in(header.metadata or {}))
+
+
 @contextmanager
 def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Make an error about a file's contents name the file, and say what to do."""
@@ -150,11 +190,15 @@ def read_weights(path: str) -> SavedWeights:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
+    return SavedWeights(path, shapes, _settings_in(metadata))
+
+
+def _settings_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         settings = json.loads(metadata.get(SETTINGS_KEY, "{}"))
     except (ValueError, RecursionError):
-        settings = {}
-    return SavedWeights(path, shapes, settings if isinstance(settings, dict) else {})
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _shapes_in_pickle(path: str) -> dict[str, tuple[int, ...]]:
@@ -227,6 +271,8 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
 def _where_the_rest_is(path: str) -> str:
     """The place of the configuration that belongs to weights from an interrupted save."""
     directory = os.path.dirname(path)
+    if not os.path.exists(path):  # but on the Hub
+        return "Take both files from one save."
     for parent, subfolder in ((directory, ""), (os.path.dirname(directory), os.path.basename(directory))):
         for name in sorted(os.listdir(parent or ".")):
             rest = os.path.join(parent, name, subfolder)

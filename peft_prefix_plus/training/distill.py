@@ -23,7 +23,7 @@ from .conversations import Conversation, ConversationFile
 from .distillation import DistillationCollator, DistillationTrainer, check_distractors, encode_conversations
 from .document import Chat, Message, Window, read_messages, read_text
 from .padding import padding_id
-from .self_study import SelfStudy, answer_prompts, study
+from .self_study import SelfStudy, Writer, answer_prompts, study
 
 
 STARTS = ("attention", "first", "config")
@@ -72,7 +72,8 @@ def distill(
             virtual tokens at fixed positions.
         adapter_name (`str`, defaults to `"default"`): The adapter.
         prompts (`Sequence[str | tuple[str, str]]`, *optional*): Prompts, or pairs of prompt and answer. `None` means
-            self-study.
+            self-study. If the document has several windows, each prompt is about the one in whose context the model
+            finds it and its answer likeliest.
         self_study (`SelfStudy`, *optional*): How self-study is done, and how answers to prompts are written.
         start (`str`, *optional*): Where the prefix starts: `"attention"` or `"first"`, the methods of
             [`initialize_from_text`], from the document (its first window); or `"config"`, as the configuration says.
@@ -104,7 +105,7 @@ def distill(
         if text is not None
         else read_messages(chat, messages or (), window_tokens)
     )
-    check_prompts(prompts, windows)
+    check_prompts(prompts)
     run = Run(
         Path(str(arguments.output_dir)),
         {
@@ -173,9 +174,9 @@ def check_window_tokens(model: Any, window_tokens: int | None) -> int:
     return window_tokens
 
 
-def check_prompts(prompts: Sequence[Prompt] | None, windows: Sequence[Window]) -> None:
+def check_prompts(prompts: Sequence[Prompt] | None) -> None:
     """
-    Raise unless prompts are texts, or pairs of texts, and there is one window that they are about.
+    Raise unless prompts are texts, or pairs of texts.
 
     Raises:
         ValueError: If not.
@@ -190,11 +191,6 @@ def check_prompts(prompts: Sequence[Prompt] | None, windows: Sequence[Window]) -
             raise ValueError(
                 f"`prompts[{number}]` must be a string that is not empty, or a pair of a prompt and its answer; got {prompt!r}."
             )
-    if len(windows) > 1:
-        raise ValueError(
-            f"The document has {len(windows)} windows, and which of them a prompt is about is not known. Use self-study (leave `prompts` "
-            "out), a larger `window_tokens`, or a shorter document."
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------- adapter
@@ -326,14 +322,12 @@ class Run:
         if prompts is None:
             with progress(settings.num_conversations, shows_progress) as report:
                 return study(model, chat, windows, settings, file, report)
-        given = [Conversation(*_pair(chat, each)) for each in prompts if not isinstance(each, str)]
+        writer = Writer(model, chat, windows, settings.temperature)
+        pairs = [(each[0], chat.answer(each[1])) for each in prompts if not isinstance(each, str)]
+        given = [Conversation(*pair, writer.likeliest_window(*pair)) for pair in pairs]
         asked = [each for each in prompts if isinstance(each, str)]
         with progress(len(asked), shows_progress) as report:
             return given + answer_prompts(model, chat, windows, asked, settings, file, report)
-
-
-def _pair(chat: Chat, prompt: tuple[str, str]) -> tuple[str, list[int]]:
-    return prompt[0], chat.answer(prompt[1])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from ..adapters.lookup import base_of
 from ..probing.modules import execution_device
@@ -187,6 +188,32 @@ class Writer:
             found.update(zip(members, self._write(token_ids, max_new_tokens, window), strict=True))
         return [found[i] for i in range(len(prompts))]
 
+    def likeliest_window(self, prompt: str, answer: Sequence[int] = ()) -> int:
+        """Return the window that a prompt is about: with it in the context, the model finds prompt and answer likeliest."""
+        if len(self.windows) == 1:
+            return 0
+        self.contexts.read(self.model, self.model)
+        losses = [self._loss(window, prompt, answer) for window in range(len(self.windows))]
+        return losses.index(min(losses))
+
+    @torch.no_grad()
+    def _loss(self, window: int, prompt: str, answer: Sequence[int]) -> float:
+        """
+        Return the summed loss, after a window, of the tokens that a prompt and its answer have with and without it. The
+        first token after the window does not count.
+        """
+        alone = [*self.chat.prompt(prompt), *answer]
+        after = [*self.chat.prompt(prompt, self.windows[window])[len(self.windows[window].token_ids) :], *answer]
+        ids = torch.tensor([after], device=execution_device(self.base))
+        with evaluating(self.model), adapters_off(self.model):
+            logits = self.base(
+                input_ids=ids,
+                attention_mask=self.contexts.mask(window, torch.ones_like(ids)),
+                past_key_values=self.contexts.cache(window, 1),
+            ).logits[0, :-1]
+        count = min(_common_end(alone, after), len(logits))
+        return cross_entropy(logits[-count:].float(), ids[0, -count:], reduction="sum").item()
+
     def _write(self, prompts: Sequence[list[int]], max_new_tokens: int, window: int | None) -> list[list[int]]:
         """Complete prompts of token ids, which begin with a window's if there is one; the padding stands after these."""
         padding, device = padding_id(self.chat.tokenizer), execution_device(self.base)
@@ -215,6 +242,12 @@ class Writer:
 def _until(token_ids: list[int], ends: Sequence[int]) -> list[int]:
     """Cut what was written after the first token that ends it."""
     return next((token_ids[: i + 1] for i, token in enumerate(token_ids) if token in ends), token_ids)
+
+
+def _common_end(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many of their last tokens two sequences have in common."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
 
 
 @lru_cache
@@ -320,17 +353,18 @@ def answer_prompts(
     file: ConversationFile,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Conversation]:
-    """Let the model answer given prompts with the document, which is one window, in its context, as [`study`] does."""
+    """Let the model answer given prompts, each with the window in its context that it is about, as [`study`] does."""
     conversations = file.read(len(prompts))
     writer = Writer(model, chat, windows, settings.temperature)
     for batch in batches(len(prompts), file.batch_size, len(conversations)):
         report(len(conversations))
         asked = [prompts[place] for place in batch]
+        about = [writer.likeliest_window(prompt) for prompt in asked]
         with drawing(writer.base, settings.seed, batch[0]):
-            answers = writer.answers(asked, [0] * len(asked), settings.max_answer_tokens)
+            answers = writer.answers(asked, about, settings.max_answer_tokens)
         made = [
-            Conversation(prompt, answer, 0, "prompt", chat.text(answer))
-            for prompt, answer in zip(asked, answers, strict=True)
+            Conversation(prompt, answer, window, "prompt", chat.text(answer))
+            for prompt, answer, window in zip(asked, answers, about, strict=True)
         ]
         file.append(made)
         conversations += made

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from documents import Encoded, answer_loss, gap_closed, prompts
-from documents_text import document, held_out_questions
+from documents_costs import measure
+from documents_text import document, held_out_questions, user_turn
 from models import tiny_model
 
 
@@ -44,3 +45,28 @@ def test_the_loss_is_the_mean_over_the_answers_tokens_after_the_context(context)
 def test_the_gap_is_closed_by_what_the_loss_has_come_down():
     assert gap_closed(2.0, without=3.0, in_context=1.0) == 0.5
     assert gap_closed(3.0, without=3.0, in_context=1.0) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_costs_what_the_arithmetic_says(dtype, tmp_path, capsys, monkeypatch):
+    model = tiny_model(dtype=dtype)
+    model.save_pretrained(tmp_path)
+
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [5 + len(word) for word in text.split()]}
+
+    model = type(model).from_pretrained(tmp_path).eval()
+    document_tokens, question_tokens = (len(text.split()) for text in (document(), user_turn("")))
+    rows = measure(model, Tokenizer(), tokens=6, rounds=1)
+
+    heads, layers = model.config.num_key_value_heads, model.config.num_hidden_layers
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    per_token = 2 * layers * heads * head_dim * dtype.itemsize
+    counts = [int(row[1]) for row in rows]
+    assert counts[0] - counts[1] == document_tokens and counts[1] == counts[2] >= question_tokens
+    for row, count in zip(rows, counts, strict=True):
+        assert row[2] == " / ".join([f"{count * per_token / 1024:,.1f}"] * 2)
+    assert [row[3] for row in rows[:2]] == ["", ""]
+    in_float32 = 6 * per_token * torch.float32.itemsize // dtype.itemsize
+    assert rows[2][3] == " / ".join([f"{in_float32 / 1024:,.1f}"] * 2)

@@ -26,7 +26,7 @@ from transformers import (
     T5Config,
 )
 
-from peft_prefix_plus import PrefixPlusConfig, prefix_contribution, prefix_key_values
+from peft_prefix_plus import PrefixPlusConfig, prefix_contribution, prefix_key_values, to_key_values
 from peft_prefix_plus.cli import main
 from peft_prefix_plus.cli.options import value_parser
 from peft_prefix_plus.cli.records import Collator, Record, encode
@@ -301,6 +301,52 @@ def test_convert_goes_to_prefix_plus_and_back(base: Path, tmp_path: Path, capsys
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+FORMATS = ["prefix-tuning", "cartridge", "adapterhub", "key-values"]
+
+
+@pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.parametrize("target", FORMATS)
+def test_convert_takes_every_format_to_every_other(base: Path, tmp_path: Path, source: str, target: str) -> None:
+    torch.manual_seed(0)
+    fields = dict(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, decoupled=False, position_free=False, init_weights=False
+    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), PrefixPlusConfig(**fields)).eval()
+    model.save_pretrained(str(tmp_path / "first"))
+    tokens = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+    run("convert", "--adapter", tmp_path / "first", "--output", tmp_path / "second", "--to", source)
+    arguments = ["--adapter", tmp_path / "second", "--output", tmp_path / "third", "--to", target, "--model", base]
+    if source == target:
+        assert f"is in the format {source} already" in failure("convert", *arguments)
+        return
+    run("convert", *arguments)
+    run("convert", "--adapter", tmp_path / "third", "--output", tmp_path / "last", "--model", base)
+    with torch.no_grad():
+        found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "last").eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_convert_reads_a_file_of_keys_and_values_and_unpickles_only_if_told(base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), PrefixPlusConfig(num_virtual_tokens=3, gating=True))
+    to_key_values(model, path=tmp_path / "one.safetensors")
+    run("convert", "--adapter", tmp_path / "one.safetensors", "--output", tmp_path / "new", "--model", base)
+    assert json.loads((tmp_path / "new/adapter_config.json").read_text())["gating"] is True
+    assert "gating=True" in failure(
+        "convert", "--adapter", tmp_path / "one.safetensors", "--output", tmp_path / "pt", "--to", "prefix-tuning"
+    )
+    assert "cannot be read as an adapter" in failure("convert", "--adapter", __file__, "--output", tmp_path / "x")
+
+    old = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    old.save_pretrained(str(tmp_path / "old"), safe_serialization=False)
+    assert "allow_pickle=True" in failure("convert", "--adapter", tmp_path / "old", "--output", tmp_path / "y")
+    run("convert", "--adapter", tmp_path / "old", "--output", tmp_path / "y", "--allow-pickle")
+    assert not (tmp_path / "pt").exists() and not (tmp_path / "x").exists()
+
+
 def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     lora = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
@@ -310,7 +356,11 @@ def test_convert_refuses_other_adapters_used_directories_and_other_layers(base: 
     )
     model.save_pretrained(str(tmp_path / "top"))
     for adapter, output, message in (
-        ("lora", "new", "is a LORA adapter; prefix-plus converts PREFIX_TUNING and PREFIX_PLUS adapters"),
+        (
+            "lora",
+            "new",
+            "is a LORA adapter; prefix-plus converts PREFIX_PLUS, PREFIX_TUNING, CARTRIDGE and AdapterHub's",
+        ),
         ("top", "new", "Cannot convert the adapter .*A choice of layers cannot be expressed"),
         ("top", "lora", "must be a new or empty directory"),
     ):

@@ -30,7 +30,7 @@ MODULES = [
     for _, name, _ in pkgutil.walk_packages(peft_prefix_plus.__path__, "peft_prefix_plus.")
     if not name.endswith("__main__")
 ]
-FENCE = re.compile(r"^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)

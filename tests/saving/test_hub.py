@@ -22,9 +22,9 @@ import json, re, sys
 from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus import PrefixPlusConfig, load_adapters
 
 torch.manual_seed(0)
 kept, facts = {}, {}
@@ -85,6 +85,12 @@ keep_logits("other", model)
 model.push_to_hub("user/both")
 config.push_to_hub("user/config")
 
+both = base()
+lora = get_peft_model(both, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False), adapter_name="style")
+both = get_peft_model(both, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights=False), "mine")
+keep_logits("lora and prefix", both)
+facts["lora and prefix"] = both.push_to_hub("user/lora-and-prefix").oid
+
 keep_error("no token", model.push_to_hub, "user/name", token=False)
 keep_error("wrong token", model.push_to_hub, "user/name", token="wrong")
 keep_error("not the owner", model.push_to_hub, "somebody/name")
@@ -92,6 +98,8 @@ keep_error("not the owner", model.push_to_hub, "somebody/name")
 
 LOAD = """
 keep_logits("by id", PeftModel.from_pretrained(base(), "user/name"))
+for name, model in load_adapters(base(), "user/lora-and-prefix", revision="main").items():
+    keep_logits(f"load_adapters {name}", model)
 keep_logits("auto", AutoPeftModelForCausalLM.from_pretrained("user/name"))
 for revision in (json.loads(sys.argv[2])["first"], "v1", "old", "copy"):
     name = revision if len(revision) < 40 else "commit"
@@ -261,6 +269,12 @@ def test_a_second_adapter_is_loaded_from_the_hub_beside_the_first(pushed, loaded
     assert torch.equal(loaded.logits["load_adapter"], pushed.logits["second"])
 
 
+def test_lora_and_a_prefix_are_pushed_as_one_commit_and_loaded_by_one_call(hub, pushed, loaded):
+    assert hub.repositories["user/lora-and-prefix"].commit_of().oid == pushed.facts["lora and prefix"]
+    for name in ("style", "mine"):
+        assert torch.equal(loaded.logits[f"load_adapters {name}"], pushed.logits["lora and prefix"])
+
+
 def test_a_configuration_is_pushed_and_loaded_by_itself(hub, pushed, loaded):
     assert set(hub.repositories["user/config"].commit_of().files) == {
         ".gitattributes",
@@ -346,6 +360,35 @@ def test_what_is_not_on_the_hub_is_an_error_that_names_the_file_and_the_reposito
 
 def test_a_repository_without_weights_is_an_error(loaded):
     assert loaded.facts["no weights"].startswith("ValueError: Can't find weights")
+
+
+LOAD_CONFIG = """
+for name, subfolder in (("user/name", None), ("user/both", "other"), ("user/torn", None), ("user/pickled", None)):
+    keep_error(f"{name} {subfolder}", PrefixPlusConfig.from_pretrained, name, subfolder=subfolder)
+"""
+
+
+def test_a_configuration_is_checked_against_the_header_of_the_weights_without_loading_them(hub, pushed, tmp_path):
+    saved, other = (hub.repositories[name].commit_of().files for name in ("user/name", "user/both"))
+    hub.repositories["user/torn"] = Repository(is_private=False)
+    files = {"adapter_config.json": saved["adapter_config.json"]}
+    torn = {**files, "adapter_model.safetensors": other["other/adapter_model.safetensors"]}
+    hub.repositories["user/torn"].add_commit("main", "Upload", torn)
+    pickle = File(pickled(torch.zeros(2)), is_lfs=True)
+    hub.objects[pickle.sha256] = pickle.content
+    hub.repositories["user/pickled"] = Repository(is_private=False)
+    hub.repositories["user/pickled"].add_commit("main", "Upload", {**files, "adapter_model.bin": pickle})
+
+    before = len(hub.requests)
+    found = run(LOAD_CONFIG, hub, tmp_path / "home").facts
+    assert found["user/name None"] == found["user/both other"] == "no error"
+    assert "user/torn/adapter_model.safetensors does not fit its configuration" in found["user/torn None"]
+    assert "has no tensor for prefix_plus_encoder.key" in found["user/pickled None"]  # which has no header
+    weights = [
+        each for each in hub.requests[before:] if each.method == "GET" and "adapter_model.safetensors" in each.path
+    ]
+    assert weights and all(each.headers.get("Range") == "bytes=0-100000" for each in weights)
+    assert list((tmp_path / "home/hub").glob("*/snapshots/*/**/adapter_model.safetensors")) == []
 
 
 def test_code_in_a_pickled_adapter_is_not_executed(loaded, reader, tmp_path):

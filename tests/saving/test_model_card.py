@@ -27,6 +27,7 @@ from transformers import (
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.saving.files import update_model_card, write_atomically
 from peft_prefix_plus.saving.model_card import SECTION_END, SECTION_START, with_section
+from peft_prefix_plus.serving.folding import why_not_served
 
 
 def llama(model_class=LlamaForCausalLM, base_model="org/base"):
@@ -164,6 +165,83 @@ def test_the_lines_use_the_classes_of_the_task(tmp_path, task_type, base, auto_c
         compile(code, "README.md", "exec")
     if task_type is not None:  # otherwise PEFT does not say what the model is for
         assert ModelCard(text).data.pipeline_tag == pipeline_tag
+
+
+FORMS = {
+    "decoupled": ({}, "decoupled", "transformers, vLLM"),
+    "gated": ({"gating": True}, "gated", "transformers, vLLM"),
+    "servable": (PrefixPlusConfig.servable, "joint", "transformers, vLLM (in its cache)"),
+    "joint, position-free": ({"decoupled": False}, "joint", "transformers"),
+    "joint, one layer": (
+        {"decoupled": False, "position_free": False, "layers_to_transform": [0]},
+        "joint",
+        "transformers",
+    ),
+    "with a module of its own": ({"modules_to_save": ["lm_head"]}, "decoupled", "transformers"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_card_says_the_form_and_where_it_runs_as_the_server_does(tmp_path, form):
+    fields, name, runs_in = FORMS[form]
+    config = fields(task_type="CAUSAL_LM") if callable(fields) else PrefixPlusConfig(task_type="CAUSAL_LM", **fields)
+    model = get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path / "mine")
+    text = card_of(tmp_path / "mine")
+    assert f"| Form | {name} |" in text and f"| Runs in | {runs_in} |" in text
+    served = why_not_served(llama().config, model.base_model.resolved_config()) is None
+    assert ("vLLM" in runs_in) == served == ("prefix-plus serve --model org/base --adapter mine=mine" in text)
+    assert ("include_prefix_tuning=True" in text) == (form == "servable")
+
+
+def test_the_card_has_the_base_model_its_revision_and_the_number_of_parameters(tmp_path):
+    model = get_peft_model(llama(), PrefixPlusConfig(task_type="CAUSAL_LM"), revision="v2")
+    model.save_pretrained(tmp_path / "mine")
+    text = card_of(tmp_path / "mine")
+    prefix = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trainable = sum(each.numel() for name, each in prefix.items() if "scaling" not in name)  # which is measured
+    assert "| Base model | `org/base`, revision `v2` |" in text
+    assert f"| Trained parameters | {trainable:,} |" in text
+    assert "--adapter mine=mine -- --revision v2" in text
+
+
+def test_the_page_gets_an_example_unless_the_author_has_some(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.widget == [{"text": "Once upon a time"}]
+    card.data.widget = [{"text": "Mine"}]
+    card.save(tmp_path / "README.md")
+    model.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.widget == [{"text": "Mine"}]
+
+
+def test_the_card_has_what_the_trainer_knows_of_the_training(tmp_path):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=2,
+        save_strategy="no", report_to=[], use_cpu=True,
+    )  # fmt: skip
+    rows = [{"input_ids": torch.arange(5), "labels": torch.arange(5)}] * 8
+    trainer = Trainer(model=adapted(), args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    assert "| Training | |" not in card_of(tmp_path)
+    trainer.save_state()
+    trainer.create_model_card(dataset_tags="org/data", dataset="Data")
+    text = card_of(tmp_path)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and f"| `eval_loss` | {losses[-1]:.4g} |" in text
+    assert "| Data | `org/data` |" in text and "| Length | 4 steps, 4 epochs |" in text
+    assert "eval_runtime" not in text and "per_second" not in text
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "nothing", '{"log_history": 3, "global_step": "4"}', '{"log_history": [1, {}]}']
+)
+def test_a_training_state_of_another_kind_is_left_out(tmp_path, state):
+    (tmp_path / "trainer_state.json").write_text(state)
+    adapted().save_pretrained(tmp_path)
+    assert SECTION_START in card_of(tmp_path) and "| Training | |" not in card_of(tmp_path)
 
 
 def test_the_lines_name_the_revision_of_the_base_model(tmp_path):

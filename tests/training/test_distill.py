@@ -180,6 +180,44 @@ def test_given_prompts_and_answers_are_what_is_learned(tmp_path):
     assert model.active_adapter == "default"
 
 
+def test_a_prompt_is_about_the_window_in_whose_context_it_is_likeliest():
+    chat, model = Chat(chat_tokenizer()), chat_model()
+    windows = read_text(chat, DOCUMENT * 3, 30)
+    assert len(windows) > 2
+    writer = Writer(model, chat, windows, 0)
+    found = set()
+    green = "the green chair is on a box"
+    for prompt, answer in [("what is red", "the cup"), ("which", ""), ("which", "the cup"), (green, "")]:
+        ids = chat.answer(answer) if answer else []
+        losses = []
+        for window in windows:  # without a cache, the whole text at once
+            tokens = chat.prompt(prompt, window) + ids
+            count = len(chat.prompt(prompt)) + len(ids)
+            with torch.no_grad():
+                scores = model(torch.tensor([tokens])).logits[0].double().log_softmax(dim=-1)
+            places = range(len(tokens) - count, len(tokens))
+            # the window ends with <user>, and what predicts the prompt's first word is in its cache
+            losses.append(-sum(scores[place - 1, tokens[place]].item() for place in places[2:]))
+        best = min(range(len(windows)), key=losses.__getitem__)
+        assert sorted(losses)[1] - min(losses) > 1e-3  # no tie that float32 could turn
+        assert writer.likeliest_window(prompt, ids) == best
+        found.add(best)
+    assert found == set(range(len(windows)))
+
+
+def test_prompts_are_learned_each_with_its_window(tmp_path):
+    prompts = ["what is red", "which", ("where is the blue box", "under the chair")]
+    values = dict(window_tokens=30, prompts=prompts, args=arguments(tmp_path, max_steps=2))
+    model = distill(chat_model(), chat_tokenizer(), DOCUMENT * 3, config=config(), self_study=STUDY, **values)
+    chat = Chat(chat_tokenizer())
+    windows = read_text(chat, DOCUMENT * 3, 30)
+    rows = [json.loads(line) for line in (tmp_path / CONVERSATIONS_FILE).read_text().splitlines()]
+    writer = Writer(chat_model(), chat, windows, 0)
+    assert [row["window"] for row in rows] == [writer.likeliest_window(prompt) for prompt in prompts[:2]]
+    assert any(row["window"] for row in rows)
+    assert model.active_adapter == "default"
+
+
 @pytest.mark.parametrize(
     ("start", "position_free"), [("first", False), ("attention", False), (None, True), ("config", True)]
 )
@@ -229,7 +267,6 @@ def test_a_model_that_has_the_adapter_is_trained_as_it_is(tmp_path):
         (dict(window_tokens=500), "room for conversations in the model's context of 128 tokens, got 500"),
         (dict(prompts=[]), "`prompts` is empty"),
         (dict(prompts=["what", ("where", " ")]), r"`prompts\[1\]`"),
-        (dict(prompts=["what"], text=DOCUMENT * 5, window_tokens=60), "windows, and which of them a prompt is about"),
         (dict(start="middle"), "`start` must be one of 'attention', 'first', 'config' or None, got 'middle'"),
         (dict(distractors=["absent"]), "no PREFIX_PLUS adapter named 'absent'"),
         (dict(tokenizer=chat_tokenizer(None)), "has no chat template"),
