@@ -247,7 +247,7 @@ def check_text(name: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise CommandError(
-            f"{name} has a lone surrogate, {text[error.start]!a} at index {error.start}, which is not a character. "
+            f"{name} has a lone surrogate, {text[error.start]!a} at character {error.start}, which is not a character. "
             "Write the text in UTF-8, or write both halves of the pair."
         ) from error
     return text

@@ -144,10 +144,17 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
     for index in range(times):
         line = numbers.randint(max(1, counter.count - LATE) if index % 2 else 1, counter.count)
         error = INTERRUPTS[index % len(INTERRUPTS)]
-        with pytest.raises(error) as raised:
+        where: list[str] = []
+        try:
             torch.manual_seed(1)
             Interrupter(line, error).run(partial(call, model))
-        where = [entry.frame.code.raw.co_qualname for entry in raised.traceback if str(entry.path).startswith(TRACED)]
+        except error as raised:
+            traceback = pytest.ExceptionInfo.from_exception(raised).traceback
+            where = [entry.frame.code.raw.co_qualname for entry in traceback if str(entry.path).startswith(TRACED)]
+        else:  # a second run can have fewer lines, because of what the first one has cached
+            assert same(described(model), done) and index % 2
+            model = make()
+            continue
         if same(described(model), before):
             assert torch.equal(output_of(model, input_ids=token_ids()), expected)
             continue

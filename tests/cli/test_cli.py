@@ -271,7 +271,7 @@ def test_inspect_refuses_what_it_cannot_show(
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 5}), "utf-8")
     assert "The checkpoint does not fit adapter 'default'" in failure("inspect", adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}), "utf-8")
-    assert "which base model it belongs to; give it by --base" in failure("inspect", adapter)
+    assert "names no base model. Give one with --base" in failure("inspect", adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}), "utf-8")
     assert "is an adapter for SEQ_CLS" in failure("inspect", adapter)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -618,8 +618,8 @@ def test_records_are_cut_to_a_models_positions(
     run("inspect", output, "--data", data)
     run("generate", "--adapter", output, "--prompt", "red table", "--max-new-tokens", 6)
     message = failure("generate", "--adapter", output, "--prompt", "red table")
-    assert "The model has 8 positions, which is less than the 2 tokens of the longest prompt" in message
-    assert "--max-new-tokens 128" in message
+    assert "The model has 8 positions; the longest prompt has 2 tokens" in message
+    assert "--max-new-tokens is 128" in message
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused_without_a_list_of_classes(
