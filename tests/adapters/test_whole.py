@@ -132,13 +132,16 @@ BETWEEN = {
 
 
 def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed: int = 0) -> None:
-    torch.manual_seed(0)
-    finished = make()
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return make()
+
+    finished = fresh()
     counter = Interrupter()
     torch.manual_seed(1)
     counter.run(partial(call, finished))
     done = described(finished)
-    model = make()
+    model = fresh()
     before, expected = described(model), output_of(model, input_ids=token_ids())
     numbers = random.Random(seed)
     for index in range(times):
@@ -153,14 +156,14 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
             where = [entry.frame.code.raw.co_qualname for entry in traceback if str(entry.path).startswith(TRACED)]
         else:  # a second run can have fewer lines, because of what the first one has cached
             assert same(described(model), done) and index % 2
-            model = make()
+            model = fresh()
             continue
         if same(described(model), before):
             assert torch.equal(output_of(model, input_ids=token_ids()), expected)
             continue
         # else the interrupt came after all was done
         assert same(described(model), done) or where[-1] in BETWEEN, (line, where)
-        model = make()
+        model = fresh()
 
 
 @pytest.fixture
