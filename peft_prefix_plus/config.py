@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
-from .saving.weights import SavedWeights, check_saved_weights, naming_file, read_saved_weights
+from .saving.weights import BROKEN_FILE, SavedWeights, check_saved_weights, read_saved_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -416,12 +416,14 @@ class PrefixPlusConfig(PeftConfig):
         """Load a configuration as `from_pretrained` does, and return with it what the file of the weights says of them."""
         path = os.path.join(source, subfolder or "", CONFIG_NAME)
         try:
-            with naming_file(path):
-                config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-        except ValueError as error:
+            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        except (ValueError, *BROKEN_FILE) as error:
             if CONFIG_NAME in str(error):
-                raise
-            raise ValueError(f"{path} is no valid configuration: {error}") from error
+                raise  # it names the file
+            raise ValueError(
+                f"{path} is not a valid configuration ({type(error).__name__}: {error}). Correct it, or copy or download the "
+                "adapter again."
+            ) from error
         hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         weights = read_saved_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):
