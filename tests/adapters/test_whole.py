@@ -136,6 +136,7 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
         torch.manual_seed(0)
         return make()
 
+    call(fresh())  # what a first run caches, the others need not do
     finished = fresh()
     counter = Interrupter()
     torch.manual_seed(1)
@@ -154,8 +155,8 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
         except error as raised:
             traceback = pytest.ExceptionInfo.from_exception(raised).traceback
             where = [entry.frame.code.raw.co_qualname for entry in traceback if str(entry.path).startswith(TRACED)]
-        else:  # a second run can have fewer lines, because of what the first one has cached
-            assert index % 2
+        else:  # two runs can differ by a few lines
+            assert line > counter.count - LATE
             model = fresh()
             continue
         if same(described(model), before):

@@ -382,7 +382,7 @@ def test_a_classifier_learns_named_classes_and_says_them(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "a cup", "label": "red"}] * 2, "one class only, 'red'"),
+        ([{"text": "a cup", "label": "red"}] * 2, "only the class 'red'"),
         ([{"text": "a cup", "label": 0.5}], "'label' must be the name or the number of a class, found 0.5"),
         ([{"text": "a cup"}], "expected the keys 'text' and 'label'; found 'text'"),
     ],

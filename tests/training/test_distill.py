@@ -119,7 +119,7 @@ def test_a_batch_of_conversations_is_there_whole_or_not_at_all(tmp_path):
         assert found == conversations[: len(found)] and (len(found) % 2 == 0 or len(found) == 5)
         assert file.read(5) == found
     file.path.write_text("{}\n{}\n")
-    with pytest.raises(ValueError, match="line 1, is no conversation"):
+    with pytest.raises(ValueError, match="line 1, is not a conversation"):
         file.read(5)
 
 
