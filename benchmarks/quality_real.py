@@ -57,7 +57,6 @@ PREFIX_RATES = (0.03, 0.1, 0.3)
 
 METHODS = {
     "PREFIX_PLUS (default)": Method(prefix_plus(), RATES),
-    "PREFIX_PLUS, values not compressed": Method(prefix_plus(compressed_values=False), RATES),
     "PREFIX_PLUS, fixed positions": Method(prefix_plus(position_free=False), RATES),
     "PREFIX_PLUS, joint": Method(prefix_plus(decoupled=False), RATES),
     "PREFIX_PLUS, joint, fixed positions": Method(prefix_plus(decoupled=False, position_free=False), RATES),

@@ -99,10 +99,6 @@ class PrefixPlusConfig(PeftConfig):
             attention module: 16 and 16 (4 and 4 if `decoupled`) times the power of two nearest to the standard
             deviation of its own keys, or values. A prefix then trains well at learning rates that suit LoRA; use lower
             ones for longer training.
-        compressed_values (`bool`, *optional*):
-            Whether large values of a decoupled prefix grow with the logarithm of their parameters instead of in
-            proportion, so that training depends less on the learning rate. `None` and `True` mean wherever it applies:
-            to a decoupled prefix whose values start at zero, with `prefix_scaling=None`.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model.
@@ -184,13 +180,6 @@ class PrefixPlusConfig(PeftConfig):
         default=None,
         metadata={"help": "Factor on what the encoder puts out; None measures it in each attention module."},
     )
-    compressed_values: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Large values of a decoupled prefix grow with the logarithm of their parameters: less depends on the learning "
-            "rate. None means True wherever possible."
-        },
-    )
     gating: bool = field(
         default=False,
         metadata={"help": "A gate per head on the prefix, closed at the start: the base model at first."},
@@ -223,22 +212,13 @@ class PrefixPlusConfig(PeftConfig):
     awaits_weights = False
 
     def __post_init__(self) -> None:
-        was_saved = self.peft_version is not None
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PREFIX_PLUS
         self._check_types()
         self._check_values()
         if self.decoupled is None:
             self.decoupled = not self.gating and self.init_weights != "zero"
-        # a saved configuration without the field is older than the field
-        is_wanted = not was_saved if self.compressed_values is None else self.compressed_values
-        self.compressed_values = is_wanted and self._can_compress_values()
         self._check_contradictions()
-
-    def _can_compress_values(self) -> bool:
-        """Whether the values start at zero: large ones, compressed, would hardly move."""
-        starts_at_zero = self.init_weights is True or self.init_weights == "activations"
-        return bool(self.decoupled) and starts_at_zero and self.prefix_scaling is None
 
     def _check_types(self) -> None:
         for name in ("layers_to_transform", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -266,9 +246,9 @@ class PrefixPlusConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
-        for name in ("encoder_prefix", "cross_prefix", "compressed_values", "gating", "decoupled", "position_free"):
+        for name in ("encoder_prefix", "cross_prefix", "gating", "decoupled", "position_free"):
             value, expected = getattr(self, name), "True or False"
-            if name in ("compressed_values", "decoupled", "position_free"):
+            if name in ("decoupled", "position_free"):
                 if value is None:
                     continue
                 expected = "True, False or None"

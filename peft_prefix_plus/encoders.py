@@ -87,20 +87,6 @@ class Scaling(nn.Module):
         return self.values + (self.factors[1:] - self.factors[1:].detach()) * 0.0
 
 
-VALUE_KNEE = 0.03
-"""Where compressed values begin to move less than their parameters, in units of the parameters. Measured: docs/quality.md."""
-
-
-def compressed(value: torch.Tensor) -> torch.Tensor:
-    """
-    asinh(E_V / c) · c, with c = [`VALUE_KNEE`]: E_V where it is small, and where it is large the logarithm of it.
-
-    Adam moves a parameter by the learning rate in each step, so the rate decides how far values get. Compressed, ten
-    times the rate takes them only a few times as far, and the same model trains well over a wide range of rates.
-    """
-    return torch.asinh(value / VALUE_KNEE) * VALUE_KNEE
-
-
 ENCODERS: dict[str, type[PrefixEncoder]] = {}
 """The classes of encoders by the name that `reparameterization` has in a configuration."""
 
@@ -111,8 +97,7 @@ class PrefixEncoder(nn.Module):
 
         P_K = scaling[0] · E_K            P_V = scaling[1] · E_V
 
-    where `produce` computes (E_K, E_V) from the parameters. With `compressed_values`, E_V goes through [`compressed`]
-    first. A subclass with a name is a reparameterization:
+    where `produce` computes (E_K, E_V) from the parameters. A subclass with a name is a reparameterization:
 
         class MyEncoder(PrefixEncoder, reparameterization="mine"): ...
 
@@ -120,7 +105,6 @@ class PrefixEncoder(nn.Module):
         shape (`KVShape`): The shape of the attention module's keys and values.
 
     Attributes:
-        compresses_values (`bool`): Whether it has `compressed_values`.
         shares_parts (`bool`): Whether it uses the field `sharing`.
         has_hidden_layer (`bool`): Whether it uses the field `encoder_hidden_size`.
     """
@@ -148,7 +132,6 @@ class PrefixEncoder(nn.Module):
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
         self.shape = shape
-        self.compresses_values = False
         self._scalings: tuple[nn.ModuleDict, str] = (nn.ModuleDict({"alone": Scaling()}), "alone")
 
     @property
@@ -218,8 +201,6 @@ class PrefixEncoder(nn.Module):
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys (heads, tokens, key_dim) and the values (heads, tokens, value_dim)."""
         key, value = self.produce()
-        if self.compresses_values:
-            value = compressed(value)
         scalings, name = self._scalings
         scaling = scalings[name]().to(key.device)
         return key * scaling[0], value * scaling[1]
@@ -458,9 +439,7 @@ class MLPEncoder(ProjectedEncoder, reparameterization="mlp"):
 
 def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
     """Return the encoder that [`PrefixEncoder.from_config`] of the reparameterization's class makes."""
-    encoder = ENCODERS[config.reparameterization].from_config(config, shape, shared_parts)
-    encoder.compresses_values = bool(config.compressed_values)
-    return encoder
+    return ENCODERS[config.reparameterization].from_config(config, shape, shared_parts)
 
 
 def _per_head(std: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:

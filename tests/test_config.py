@@ -66,7 +66,6 @@ WRONG_TYPES = [
     ("cross_prefix", None, "True or False"),
     ("gating", "yes", "True or False"),
     ("decoupled", 1, "True, False or None"),
-    ("compressed_values", 1, "True, False or None"),
     ("layers_to_transform", "all", "list of ints"),
     ("layers_to_transform", [0, "1"], "list of ints"),
     ("layers_to_transform", 1.0, "list of ints"),
@@ -185,7 +184,6 @@ def test_the_defaults_are_those_of_the_design():
         "cross_prefix": True,
         "prefix_scaling": None,
         "gating": False,
-        "compressed_values": None,
         "decoupled": None,
         "position_free": None,
         "init_weights": True,
@@ -194,34 +192,6 @@ def test_the_defaults_are_those_of_the_design():
     assert all(
         field.metadata.get("help") for field in dataclasses.fields(PrefixPlusConfig) if field.name not in inherited
     )
-
-
-@pytest.mark.parametrize(
-    ("fields", "compressed"),
-    [
-        ({}, True),
-        ({"reparameterization": "mlp"}, True),
-        ({"init_weights": "activations"}, True),
-        ({"compressed_values": False}, False),
-        ({"compressed_values": True}, True),
-        ({"compressed_values": True, "decoupled": False}, False),
-        ({"decoupled": False}, False),
-        ({"gating": True}, False),
-        ({"init_weights": "random"}, False),
-        ({"prefix_scaling": 1.0}, False),
-    ],
-)
-def test_values_that_start_at_zero_outside_the_softmax_are_compressed(fields, compressed, tmp_path):
-    config = PrefixPlusConfig(**fields)
-    assert config.compressed_values is compressed
-    config.save_pretrained(tmp_path)
-    assert PrefixPlusConfig.from_pretrained(tmp_path).compressed_values is compressed
-    path = tmp_path / "adapter_config.json"
-    saved = json.loads(path.read_text("utf-8"))
-    assert saved.pop("compressed_values") is compressed
-    path.write_text(json.dumps(saved), encoding="utf-8")  # as it was saved before the field was there
-    assert PrefixPlusConfig.from_pretrained(tmp_path).compressed_values is False
-    assert PeftConfig.from_pretrained(tmp_path).compressed_values is False
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -27,9 +25,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
-
-from peft_prefix_plus import flatten, initialize_from_key_values, prefix_key_values
-from peft_prefix_plus.encoders import compressed
 
 
 # Of the tiny Llama: two key/value heads of eight numbers, each with a key and a value.
@@ -326,95 +321,3 @@ def test_a_gate_has_one_parameter_per_query_head():
     gates = [parameter for name, parameter in adapter_parameters(model).items() if "gate" in name]
     assert [tuple(gate.shape) for gate in gates] == [(4,)] * 3
     assert model.get_nb_trainable_parameters()[0] == expected_count("linear", "all", 3) + 3 * (4 + SCALING_SIZE)
-
-
-# ------------------------------------------------------------------------------------------------- compressed values
-
-
-@pytest.mark.parametrize(
-    ("reparameterization", "sharing"), [("none", "none"), ("linear", "all"), ("mlp", "projection")]
-)
-def test_values_are_compressed_and_keys_are_not(reparameterization, sharing):
-    fields = encoder_fields(reparameterization, sharing)
-    models = [
-        prefixed(tiny_model(), decoupled=True, init_weights=True, compressed_values=flag, **fields)
-        for flag in (True, False)
-    ]
-    torch.manual_seed(1)
-    for parameter in adapter_parameters(models[0]).values():
-        torch.nn.init.normal_(parameter, std=0.5)
-    models[1].load_state_dict(models[0].state_dict())
-    compressed, plain = (prefix_key_values(model) for model in models)
-    for name, (key, value) in compressed.items():
-        assert torch.equal(key, plain[name][0])
-        factor = prefix_layers(models[1])[name].encoder("default").scaling.values[1].double()
-        expected = 0.03 * factor * torch.asinh(plain[name][1].double() / factor / 0.03)
-        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)  # float32
-        assert (value - plain[name][1]).abs().max() > 0.1 * value.abs().max()
-
-
-def test_the_compression_has_its_derivative():
-    values = (torch.randn(2, 3, 4, dtype=torch.float64) * 0.1).requires_grad_()
-    assert torch.autograd.gradcheck(compressed, [values])
-    small = torch.tensor([1e-4, -1e-4])
-    torch.testing.assert_close(
-        compressed(small), small, rtol=1e-4, atol=0
-    )  # the next term is a sixth of (1e-4 / 0.03)²
-
-
-def moved(**fields: object) -> PeftModel:
-    """A model with a prefix that compresses its values, and has some."""
-    model = prefixed(tiny_model(), decoupled=True, init_weights=True, num_virtual_tokens=LENGTH, **fields).eval()
-    torch.manual_seed(1)
-    for parameter in adapter_parameters(model).values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    assert model.peft_config["default"].compressed_values is True
-    return model
-
-
-def test_an_adapter_that_was_saved_before_values_were_compressed_loads_as_it_was(tmp_path):
-    model = prefixed(tiny_model(), decoupled=True, compressed_values=False, num_virtual_tokens=LENGTH).eval()
-    torch.manual_seed(1)
-    for parameter in adapter_parameters(model).values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    saved = json.loads(path.read_text("utf-8"))
-    del saved["compressed_values"]
-    path.write_text(json.dumps(saved), encoding="utf-8")
-
-    for load in (PeftModel.from_pretrained, lambda base, folder: added(base, folder)):
-        loaded = load(tiny_model(), tmp_path)
-        assert torch.equal(output_of(loaded, input_ids=token_ids()), output_of(model, input_ids=token_ids()))
-        assert not torch.equal(
-            output_of(loaded, input_ids=token_ids()), output_of(tiny_model(), input_ids=token_ids())
-        )
-
-
-def added(base: torch.nn.Module, folder: object) -> PeftModel:
-    """The model with the adapter loaded beside another one."""
-    model = prefixed(base)
-    model.load_adapter(str(folder), "second")
-    model.set_adapter("second")
-    return model.eval()
-
-
-@pytest.mark.parametrize("change", ["flatten", "compose", "key values"])
-def test_what_is_given_finished_values_does_not_compress_them(change, tmp_path):
-    model = moved()
-    before = output_of(model, input_ids=token_ids())
-    name = "default"
-    if change == "flatten":
-        flatten(model)
-    elif change == "compose":
-        model.add_adapter("zero", replace(model.peft_config["default"]))
-        model.base_model.add_weighted_adapter(["default", "zero"], [1.0, 0.0], "new", combination_type="linear")
-        model.set_adapter("new")
-        name = "new"
-    else:
-        initialize_from_key_values(model, prefix_key_values(model))
-    assert model.peft_config[name].compressed_values is False
-    torch.testing.assert_close(output_of(model, input_ids=token_ids()), before, rtol=0, atol=1e-6)
-    model.save_pretrained(tmp_path, selected_adapters=[name])
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / name if name != "default" else tmp_path)
-    torch.testing.assert_close(output_of(loaded, input_ids=token_ids()), before, rtol=0, atol=1e-6)

@@ -173,7 +173,6 @@ def combined_config(configs: Sequence[Any], num_tokens: int) -> PrefixPlusConfig
         reparameterization="none",
         encoder_hidden_size=None,
         prefix_scaling=None,  # measured anew: a power of two, which rounds nothing
-        compressed_values=False,  # which would round
         inference_mode=all(each.inference_mode for each in configs),
     )
     return config

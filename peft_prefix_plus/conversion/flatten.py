@@ -72,9 +72,5 @@ def flatten(model: nn.Module, adapter_name: str = "default") -> None:
         remove_shared_parts(model, adapter_name)
         configs: Any = model.peft_config
         configs[adapter_name] = replace(
-            configs[adapter_name],
-            reparameterization="none",
-            encoder_hidden_size=None,
-            prefix_scaling=1.0,
-            compressed_values=False,
+            configs[adapter_name], reparameterization="none", encoder_hidden_size=None, prefix_scaling=1.0
         )

@@ -232,10 +232,4 @@ def initialize_from_key_values(
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
     with all_or_nothing(model, adapter_name=adapter_name):
-        configs: Any = base_of(model).peft_config
-        if configs[adapter_name].compressed_values:
-            # values that are given can be large, and compressed ones would hardly move from there
-            configs[adapter_name] = replace(configs[adapter_name], compressed_values=False)
-            for encoder in encoders.values():
-                encoder.compresses_values = False
         return fit(encoders, key_values)

@@ -17,7 +17,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.attention.added import DECOUPLED_CAP
-from peft_prefix_plus.encoders import VALUE_KNEE
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
 from peft_prefix_plus.starting.scaling import DECOUPLED_SCALES, JOINT_SCALES
@@ -68,7 +67,6 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert "The scale is {:g} for keys and {:g} for values in the decoupled form".format(*DECOUPLED_SCALES) in method
     assert f"{joint} in the others" in method
     assert f"{joint} ({decoupled} if `decoupled`)" in docstring
-    assert f"{VALUE_KNEE:g} \\operatorname{{asinh}}(E_V / {VALUE_KNEE:g})" in method
     assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
     assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
