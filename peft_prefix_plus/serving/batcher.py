@@ -36,7 +36,17 @@ GENERATION: dict[str, Any] = {
     "num_return_sequences": 1,
     "pad_token_id": PADDING,
     **dict.fromkeys(
-        ("eos_token_id", "max_length", "min_length", "temperature", "top_k", "top_p", "min_p", "typical_p")
+        (
+            "eos_token_id",
+            "max_length",
+            "min_length",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",  # which would count the padding
+        )
     ),
 }
 """What the model's own settings of generation say, and each row has for itself."""
