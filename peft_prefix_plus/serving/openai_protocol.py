@@ -10,19 +10,37 @@ import time
 import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
+from inspect import signature
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
 
-class LoadRequest(BaseModel):
+class Body(BaseModel):
+    """The body of a request."""
+
+    @model_validator(mode="after")
+    def _refuse_what_is_no_text(self) -> Self:
+        try:
+            self.model_dump_json()
+        except (PydanticSerializationError, UnicodeError):
+            raise ValueError(
+                "A text has half of a surrogate pair, which is no character. Send valid Unicode."
+            ) from None
+        return self
+
+
+class LoadRequest(Body):
     """What `/v1/load_prefix_adapter` takes: the adapter's name, and its directory or repository on the Hub."""
 
     name: str
     path: str
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """What `/v1/unload_prefix_adapter` takes."""
 
     name: str
@@ -63,7 +81,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Body):
     """What requests of both kinds have. `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `return_token_ids` are vLLM's, and mean the same."""
 
     model_config = ConfigDict(extra="allow")
@@ -153,6 +171,24 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _refuse_what_is_no_variable(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in values or {}:
+            if name in NO_VARIABLES:
+                raise ValueError(
+                    f"`{name}` is no variable of a chat template, and not supported by this server. Leave it out."
+                )
+        return values
+
+
+NO_VARIABLES = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+}
+"""The arguments of a tokenizer that say what to do with a template's text."""
 
 
 def _shortened(value: Any) -> str:

@@ -444,6 +444,36 @@ def test_conversations_that_a_template_does_not_take_are_refused(
         ask(model="joint", messages=[{"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("name", ["truncation", "max_length", "return_tensors", "chat_template", "tokenize", "tools"])
+def test_arguments_of_the_tokenizer_are_no_variables_of_a_template(server: Running, name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "model": "joint", "max_tokens": 2}
+    status, answer = server.post("/v1/chat/completions", **body, chat_template_kwargs={name: "pt"})
+    assert status == 400 and f"`{name}` is no variable" in answer["error"]["message"], answer
+    assert server.post("/v1/chat/completions", **body, chat_template_kwargs={"thinks": True})[0] == 200
+
+
+HALF = "\ud800"
+NO_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": HALF}),
+    ("/v1/completions", {"prompt": ["x", HALF]}),
+    ("/v1/completions", {"prompt": "x", "model": HALF}),
+    ("/v1/completions", {"prompt": "x", "stop": [HALF]}),
+    ("/v1/completions", {"prompt": "x", HALF: 1}),
+    ("/v1/completions", {"prompt": "x", "no_such_field": HALF}),
+    ("/v1/chat/completions", {"messages": [{"role": HALF, "content": "x"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "x", "content": "x", "name": HALF}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "x", "content": "x"}], "chat_template_kwargs": {"a": HALF}}),
+    ("/v1/load_prefix_adapter", {"name": HALF, "path": "x"}),
+]
+
+
+@pytest.mark.parametrize(("route", "fields"), NO_TEXT)
+def test_half_of_a_surrogate_pair_is_refused(server: Running, route: str, fields: dict[str, Any]) -> None:
+    status, answer = server.post(route, **fields)
+    assert status == 400 and answer["error"]["type"] == "BadRequestError", answer
+    assert server.post("/v1/completions", prompt="😀")[0] == 200
+
+
 def test_unknown_models_and_paths_are_not_found_and_the_key_is_asked_for(server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
         server.complete("other", "x")
