@@ -1,8 +1,8 @@
 """
-The door of the command `prefix-plus`: what it can do, and the call of what it is asked to do.
+The entry point of the command `prefix-plus`: the list of its commands, and their calls.
 
-This module stands outside the package because importing the package imports PEFT and torch, which takes seconds. Nothing is
-imported here before a command is called, so that `prefix-plus --help` answers at once.
+This module is outside of the package, because importing the package imports PEFT and torch, which takes seconds. It imports the package
+only when a command is called, so `prefix-plus --help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 
 EXTRA_PACKAGES = ("rich", "tokenizers", "typer", "yaml")
-"""What the extra `cli` installs that every command needs."""
+"""The packages of the extra `cli` that every command needs."""
 
 COMMANDS = {
-    "train": "Teach a frozen model by a prefix, and save it as an adapter.",
-    "distill": "Teach a prefix what a document in the context does, and save it as an adapter.",
-    "run": "Run another Python program in which PEFT knows the method.",
+    "train": "Train a prefix for a frozen model, and save it as an adapter.",
+    "distill": "Train a prefix to replace a document in the context, and save it as an adapter.",
+    "run": "Run another Python program with the method known to PEFT.",
     "generate": "Complete prompts with an adapter.",
-    "serve": "Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name.",
-    "convert": "Turn an adapter into one of another format with the same output: PEFT's, AdapterHub's, or keys and values.",
-    "params": "Count the trainable parameters of every reparameterization and sharing; no weights are needed.",
-    "inspect": "Show what the prefix in each layer of an adapter is like and, with data, how much attention it draws.",
-    "demo": "Make a small language model, or load one, and teach it table-to-text by a prefix.",
+    "serve": "Serve a model and its adapters with an OpenAI-compatible server, each adapter as a model with its own name.",
+    "convert": "Convert an adapter to another format with the same output: PEFT's, AdapterHub's, or keys and values.",
+    "params": "Count the trainable parameters of every reparameterization and sharing, without a model's weights.",
+    "inspect": "Show the size of the prefix in each layer of an adapter and, with data, how much it contributes.",
+    "demo": "Train a small language model, or load one, and train a prefix for table-to-text.",
 }
-"""The commands in the order of the help, each with its line there: the docstring of its function in `peft_prefix_plus.cli.app`."""
+"""The commands in the order of the help, with their descriptions: the docstrings of their functions in `peft_prefix_plus.cli.app`."""
 
 
 class CommandError(Exception):
-    """An error that the user can fix: what was found, what was expected, what to do. It is shown as one line."""
+    """An error that the user can fix. The command shows its message as one line, without a traceback."""
 
 
 def command_group() -> TyperGroup:
     """
-    Return the command, which knows its subcommands by their lines in the help and imports them when one is called.
+    Return the command. It knows the descriptions of its subcommands, and imports them when one is called.
 
     Raises:
         ModuleNotFoundError: If the extra `cli` is not installed.

@@ -33,6 +33,7 @@ from peft_prefix_plus.training.conversations import Conversation, ConversationFi
 from peft_prefix_plus.training.distill import start_prefix
 from peft_prefix_plus.training.distillation import DistillationCollator, encode_conversations, predicting_positions
 from peft_prefix_plus.training.document import Chat, Window, read_text
+from peft_prefix_plus.training.padding import padding_id
 from peft_prefix_plus.training.self_study import TEMPLATES, Writer, study
 from peft_prefix_plus.training.teacher import Contexts
 
@@ -98,7 +99,7 @@ def answer_loss(model: Any, place: Place, has_document: bool = False) -> float:
         contexts.read(model, model)
     total, count, rows = 0.0, 0, place.held_out()
     for start in range(0, len(rows), 8):
-        batch = DistillationCollator(place.chat.padding_id())(rows[start : start + 8])
+        batch = DistillationCollator(padding_id(place.chat.tokenizer))(rows[start : start + 8])
         if has_document:
             labels = batch["teacher_labels"]
             mask = contexts.mask(0, batch["teacher_mask"])
@@ -135,7 +136,9 @@ def share_of_facts(model: Any, place: Place, has_document: bool = False) -> floa
 def greedy_answer(model: Any, chat: Chat, prompt: str, limit: int) -> list[int]:
     """Answer alone in a batch: PEFT's prompt learning ignores position ids in `generate`, so padding moves the text away from the prefix."""
     ids = torch.tensor([chat.prompt(prompt)])
-    output = model.generate(input_ids=ids, max_new_tokens=limit, do_sample=False, pad_token_id=chat.padding_id())
+    output = model.generate(
+        input_ids=ids, max_new_tokens=limit, do_sample=False, pad_token_id=padding_id(chat.tokenizer)
+    )
     return list(output[0, ids.shape[1] :].tolist())
 
 

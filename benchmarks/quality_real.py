@@ -42,7 +42,8 @@ from rich.console import Console
 from speed import peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from peft_prefix_plus.cli.records import Collator, encode, padding_id, prompt_ids
+from peft_prefix_plus.cli.records import Collator, encode, prompt_ids
+from peft_prefix_plus.training.padding import padding_id
 
 
 ROWS = 8

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from peft_prefix_plus.cli.records import IGNORED_LABEL
+from peft_prefix_plus.training.padding import IGNORED_LABEL
 
 
 Batch = dict[str, torch.Tensor]

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
-from .saving.weights import SavedWeights, check_saved_weights, naming_file, read_saved_weights
+from .saving.weights import BROKEN_FILE, SavedWeights, check_saved_weights, read_saved_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -101,8 +101,8 @@ class PrefixPlusConfig(PeftConfig):
             ones for longer training.
         compressed_values (`bool`, *optional*):
             Whether large values of a decoupled prefix grow with the logarithm of their parameters instead of in
-            proportion. It makes training much less sensitive to the learning rate. `None` means `True` for a decoupled
-            prefix whose values start at zero, with `prefix_scaling=None`.
+            proportion, so that training depends less on the learning rate. `None` and `True` mean wherever it applies:
+            to a decoupled prefix whose values start at zero, with `prefix_scaling=None`.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model.
@@ -230,9 +230,9 @@ class PrefixPlusConfig(PeftConfig):
         self._check_values()
         if self.decoupled is None:
             self.decoupled = not self.gating and self.init_weights != "zero"
-        if self.compressed_values is None:
-            # a saved configuration without the field is older than the field
-            self.compressed_values = not was_saved and self._can_compress_values()
+        # a saved configuration without the field is older than the field
+        is_wanted = not was_saved if self.compressed_values is None else self.compressed_values
+        self.compressed_values = is_wanted and self._can_compress_values()
         self._check_contradictions()
 
     def _can_compress_values(self) -> bool:
@@ -356,12 +356,6 @@ class PrefixPlusConfig(PeftConfig):
                 "`decoupled=True` with `init_weights='zero'` never learns: keys of zero pass no gradient to the values, "
                 "and values of zero none to the keys. Use init_weights=True, which starts the values alone at zero."
             )
-        if self.compressed_values and not self._can_compress_values():
-            raise ValueError(
-                "`compressed_values=True` is for values that start at zero and have their own scale: it needs decoupled=True, "
-                f"init_weights=True or 'activations', and prefix_scaling=None, got decoupled={self.decoupled}, init_weights="
-                f"{self.init_weights!r} and prefix_scaling={self.prefix_scaling}. Leave it None."
-            )
         if self.gating and self.init_weights == "zero":
             raise ValueError(
                 "`gating=True` with `init_weights='zero'` never learns: a closed gate passes no gradient to the "
@@ -422,12 +416,14 @@ class PrefixPlusConfig(PeftConfig):
         """Load a configuration as `from_pretrained` does, and return with it what the file of the weights says of them."""
         path = os.path.join(source, subfolder or "", CONFIG_NAME)
         try:
-            with naming_file(path):
-                config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-        except ValueError as error:
+            config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        except (ValueError, *BROKEN_FILE) as error:
             if CONFIG_NAME in str(error):
-                raise
-            raise ValueError(f"{path} is no valid configuration: {error}") from error
+                raise  # it names the file
+            raise ValueError(
+                f"{path} is not a valid configuration ({type(error).__name__}: {error}). Correct it, or copy or download the "
+                "adapter again."
+            ) from error
         hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         weights = read_saved_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):

@@ -1,6 +1,7 @@
 """
-The app: its commands, with the options that their settings have. `peft_prefix_plus_cli.COMMANDS` has the first line of each for the
-help of `prefix-plus`, which answers without this module.
+The app and its commands, with options from the fields of their settings.
+
+`peft_prefix_plus_cli.COMMANDS` repeats the description of each command, so that `prefix-plus --help` does not need this module.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ app = typer.Typer(rich_markup_mode=None)
     has_config_file=True,
 )
 def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None:
-    """Teach a frozen model by a prefix, and save it as an adapter."""
+    """Train a prefix for a frozen model, and save it as an adapter."""
     training.train(settings, config)
     print(f"The adapter is in {settings.output}.")
 
@@ -38,7 +39,7 @@ def train(settings: training.TrainingSettings, config: PrefixPlusConfig) -> None
     inherited=[PeftConfig],
 )
 def distill(settings: distillation.DistillationSettings, config: distillation.DocumentPrefixConfig) -> None:
-    """Teach a prefix what a document in the context does, and save it as an adapter."""
+    """Train a prefix to replace a document in the context, and save it as an adapter."""
     distillation.distill_document(settings, config)
     print(f"The adapter is in {settings.output}.")
 
@@ -51,32 +52,32 @@ def generate(settings: generation.GenerationSettings) -> None:
 
 @command(app, {"Options": serving.ServingSettings, "With --engine transformers": serving.TransformersSettings})
 def serve(settings: serving.ServingSettings, transformers_settings: serving.TransformersSettings) -> None:
-    """Serve a model and its adapters by an OpenAI-compatible server, each adapter as a model of its own name."""
+    """Serve a model and its adapters with an OpenAI-compatible server, each adapter as a model with its own name."""
     serving.serve(settings, transformers_settings)
 
 
 @command(app, {"Options": conversion.ConversionSettings})
 def convert(settings: conversion.ConversionSettings) -> None:
-    """Turn an adapter into one of another format with the same output: PEFT's, AdapterHub's, or keys and values."""
+    """Convert an adapter to another format with the same output: PEFT's, AdapterHub's, or keys and values."""
     title = conversion.convert(settings)
     print(f"The {title} is in {settings.output}.")
 
 
 @command(app, {"Options": parameters.CountingSettings})
 def params(settings: parameters.CountingSettings) -> None:
-    """Count the trainable parameters of every reparameterization and sharing; no weights are needed."""
+    """Count the trainable parameters of every reparameterization and sharing, without a model's weights."""
     parameters.params(settings)
 
 
 @command(app, {"Options": inspection.InspectionSettings})
 def inspect(settings: inspection.InspectionSettings) -> None:
-    """Show what the prefix in each layer of an adapter is like and, with data, how much attention it draws."""
+    """Show the size of the prefix in each layer of an adapter and, with data, how much it contributes."""
     inspection.inspect(settings)
 
 
 @command(app, {"Options": DemoSettings})
 def demo(settings: DemoSettings) -> None:
-    """Make a small language model, or load one, and teach it table-to-text by a prefix."""
+    """Train a small language model, or load one, and train a prefix for table-to-text."""
     run_demo(settings)
 
 
@@ -88,5 +89,5 @@ def run(
     arguments: Annotated[list[str] | None, typer.Argument(help="The program's arguments.")] = None,
     module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as after python -m.")] = False,
 ) -> None:
-    """Run another Python program in which PEFT knows the method."""
+    """Run another Python program with the method known to PEFT."""
     run_program(program, arguments or [], module)

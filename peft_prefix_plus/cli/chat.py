@@ -1,4 +1,4 @@
-"""Conversations as tokens, by the tokenizer's chat template, with the loss on what the assistant says."""
+"""Turning conversations into tokens with the tokenizer's chat template, with the loss on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..training.padding import IGNORED_LABEL
 from .errors import CommandError, shown_as_command_error
-from .records import IGNORED_LABEL, Chat, EncodedRecord
+from .records import Chat, EncodedRecord
 
 
 MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
-"""In a template that says itself where the assistant speaks."""
+"""Matches a template that marks the assistant's messages itself."""
 
 
 def encode_chat(
@@ -27,15 +28,18 @@ def encode_chat(
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer, with a chat template.
         max_length (`int`, *optional*):
             The most tokens. A longer conversation loses its end; if no answer would be left, its start.
-        assistant_only_loss (`bool`, defaults to `True`): Otherwise the loss is on all tokens.
+        assistant_only_loss (`bool`, defaults to `True`): Whether the loss is on the assistant's messages only. `False`: on all tokens.
+
+    Returns:
+        `EncodedRecord`: The tokens and labels.
 
     Raises:
-        CommandError: If there is no template, it does not take the conversation, or it does not say where an answer is.
+        CommandError: If there is no chat template, it refuses the conversation, or the assistant's messages cannot be found.
     """
     if tokenizer.chat_template is None:
         raise CommandError(
             f"{chat.place} is a conversation, but the tokenizer has no chat template. Use the model's instruction-tuned "
-            "version, or give a template by --chat-template-path."
+            "version, or give a template with --chat-template-path."
         )
     with shown_as_command_error(Exception, while_doing=f"{chat.place}: the chat template does not take it"):
         if assistant_only_loss:
@@ -44,7 +48,9 @@ def encode_chat(
             token_ids = _token_ids(_text(chat, tokenizer, chat.messages), tokenizer)
             has_loss = [True] * len(token_ids)
     if not any(has_loss):
-        raise CommandError(f"{chat.place}: the chat template writes nothing that the assistant says.")
+        raise CommandError(
+            f"{chat.place}: the chat template leaves out the assistant's messages. Give another with --chat-template-path."
+        )
     labels = [token if counts else IGNORED_LABEL for token, counts in zip(token_ids, has_loss, strict=True)]
     if max_length is not None and len(token_ids) > max_length:
         end = max_length if any(has_loss[:max_length]) else min(len(token_ids), has_loss.index(True) + max_length // 2)
@@ -54,7 +60,7 @@ def encode_chat(
 
 
 def _encode(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Return the tokens, and for each whether the assistant says it."""
+    """Return the tokens, and for each whether it is the assistant's."""
     template = tokenizer.get_chat_template(tools=chat.tools)
     if MARKS_ANSWERS.search(template):
         encoded = tokenizer.apply_chat_template(
@@ -64,7 +70,7 @@ def _encode(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
     pieces = _pieces(chat, tokenizer)
     whole = _token_ids("".join(text for text, _ in pieces), tokenizer)
     tokens = _cut(whole, [text for text, _ in pieces], tokenizer)
-    if tokens is None:  # in generation an answer's first token never spans the border either
+    if tokens is None:  # in generation, too, no token spans the border between a prompt and its answer
         tokens = [_token_ids(text, tokenizer) for text, _ in pieces]
     has_loss = [speaks for (_, speaks), piece in zip(pieces, tokens, strict=True) for _ in piece]
     return list(chain.from_iterable(tokens)), has_loss
@@ -72,9 +78,9 @@ def _encode(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
 
 def _pieces(chat: Chat, tokenizer: Any) -> list[tuple[str, bool]]:
     """
-    Cut the conversation's text where the assistant begins and ends to speak: each piece, and whether it is the assistant's.
+    Cut the conversation's text at the borders of the assistant's messages. Return each piece, and whether it is the assistant's.
 
-    An answer begins where the model is asked to write, after the generation prompt.
+    An answer begins after the generation prompt.
     """
     pieces: list[tuple[str, bool]] = []
     so_far, whole = "", _text(chat, tokenizer, chat.messages)
@@ -85,10 +91,9 @@ def _pieces(chat: Chat, tokenizer: Any) -> list[tuple[str, bool]]:
         after = _text(chat, tokenizer, chat.messages[: number + 1])
         if not (before.startswith(so_far) and after.startswith(before) and whole.startswith(after)):
             raise CommandError(
-                f"{chat.place}: the chat template writes message {number + 1} in another way when more follows, or does not "
-                "begin it with its generation prompt, so what the assistant says cannot be told from the rest. Give a "
-                "template with {% generation %} marks by --chat-template-path, or train on all tokens by "
-                "--no-assistant-only-loss."
+                f"{chat.place}: the assistant's messages cannot be found: the chat template writes message {number + 1} differently when "
+                "more follows, or does not begin it with its generation prompt. Give a template with {% generation %} marks with "
+                "--chat-template-path, or train on all tokens with --no-assistant-only-loss."
             )
         pieces += [(before[len(so_far) :], False), (after[len(before) :], True)]
         so_far = after
@@ -100,12 +105,12 @@ def _text(chat: Chat, tokenizer: Any, messages: list[dict[str, Any]], **options:
 
 
 def _token_ids(text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a text that the template has written, with the special tokens in it."""
+    """Return the tokens of a text of the template. Its special tokens are in the text already."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _cut(whole: list[int], texts: list[str], tokenizer: Any) -> list[list[int]] | None:
-    """Cut the tokens of the whole text where the pieces end; `None` if a token spans a border."""
+    """Cut the tokens of the whole text at the ends of the pieces. Return `None` if a token spans a border."""
     pieces, text, start = [], "", 0
     for piece in texts[:-1]:
         text += piece

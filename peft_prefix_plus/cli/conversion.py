@@ -19,7 +19,16 @@ from ..conversion.key_values import FILE_NAME, from_key_values, read_key_values,
 from ..conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from ..registration import PREFIX_PLUS
 from .errors import CommandError, shown_as_command_error
-from .loading import Source, base_model_name, check_dtype, load_adapter_config, load_model, reading
+from .loading import (
+    BASE_MODEL_HELP,
+    DTYPE_HELP,
+    Source,
+    base_model_name,
+    check_dtype,
+    load_adapter_config,
+    load_model,
+    reading,
+)
 
 
 FormatName = Literal["prefix-plus", "prefix-tuning", "cartridge", "adapterhub", "key-values"]
@@ -81,10 +90,8 @@ class ConversionSettings:
             "help": "The format of the result: by default prefix-plus, and for an adapter of that format prefix-tuning."
         },
     )
-    model: str | None = field(default=None, metadata={"help": "The base model, if it is not where the adapter says."})
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
+    model: str | None = field(default=None, metadata=BASE_MODEL_HELP)
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     allow_pickle: bool = field(
         default=False, metadata={"help": "Unpickle tensors of an adapter that is not saved as safetensors."}
     )
@@ -109,7 +116,7 @@ def convert(settings: ConversionSettings) -> str:
         CommandError: If the output is in use, something cannot be loaded, or the conversion is not exact.
     """
     if settings.output.exists() and (not settings.output.is_dir() or any(settings.output.iterdir())):
-        raise CommandError(f"{settings.output} is not an empty directory; name another one by --output.")
+        raise CommandError(f"--output must be a new or empty directory, got {settings.output}. Give another one.")
     source, config = recognize(settings.adapter)
     target = settings.to or ("prefix-tuning" if source == "prefix-plus" else "prefix-plus")
     if target == source:

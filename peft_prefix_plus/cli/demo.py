@@ -1,8 +1,9 @@
-"""`prefix-plus demo`: prefix tuning's first task, table to text, from nothing to a saved adapter.
+"""
+`prefix-plus demo`: table-to-text, the first task of prefix tuning, from nothing to a saved adapter.
 
-With no downloads, a small language model is made on generated text (see `demo_text.py`); or a pretrained one is loaded. It is
-frozen. A prefix then teaches it, through the very code of `prefix-plus train`, sentences of a form that the text does not
-have. A new process loads the adapter and must write the same sentences.
+The demo trains a small language model on generated text (see `demo_text.py`), without downloads, or loads a pretrained one. The model is
+then frozen. With the code of `prefix-plus train`, a prefix learns sentences of a form that the text does not have. A new process loads the
+adapter and must generate the same sentences.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import PrefixPlusConfig
 from ..saving.files import write_atomically
+from ..training.padding import IGNORED_LABEL, padding_id
 from .demo_base import make_base_model
 from .demo_text import examples, in_ordinary_text
 from .errors import CommandError, check_numbers
 from .generation import complete
 from .loading import LARGEST_SEED, load_model, load_tokenizer
-from .records import IGNORED_LABEL, Collator, Record, encode, padding_id
+from .records import Collator, Record, encode
 from .training import TrainingSettings, train
 
 
@@ -41,7 +43,7 @@ PRETRAINING_STEPS = 3000
 
 
 class Plan(NamedTuple):
-    """How much a prefix is trained on a base model."""
+    """The plan for training a prefix on a base model."""
 
     steps: int
     batch_size: int
@@ -54,29 +56,26 @@ PLAN_OF_REAL_MODEL = Plan(steps=120, batch_size=8, learning_rate=2e-3)
 
 @dataclass(kw_only=True)
 class DemoSettings:
-    """Which model the demo is on, where it writes and how long it trains."""
+    """The options of `prefix-plus demo`; the help texts describe them."""
 
     model: str | None = field(
         default=None,
-        metadata={"help": "A pretrained model, a directory or a name on the Hub, instead of one that is made here."},
+        metadata={"help": "A pretrained model, a directory or a name on the Hub. Default: train a small one here."},
     )
-    output: Path = field(default=Path("demo-output"), metadata={"help": "Where the models and the data go."})
+    output: Path = field(default=Path("demo-output"), metadata={"help": "The directory for the models and the data."})
     pretraining_steps: int | None = field(
         default=None,
-        metadata={
-            "help": f"Steps in which the base model is made, {PRETRAINING_STEPS} if not given. Not with --model."
-        },
+        metadata={"help": f"Training steps of the small base model. Default: {PRETRAINING_STEPS}. Not with --model."},
     )
     prefix_steps: int | None = field(
         default=None,
         metadata={
-            "help": f"Steps in which the prefix is trained: {PLAN_OF_SMALL_MODEL.steps} if not given, "
-            f"{PLAN_OF_REAL_MODEL.steps} with --model."
+            "help": f"Training steps of the prefix. Default: {PLAN_OF_SMALL_MODEL.steps}, or with --model {PLAN_OF_REAL_MODEL.steps}."
         },
     )
     training_tables: int = field(default=1000, metadata={"help": "Tables to train the prefix on."})
     held_out_tables: int = field(default=100, metadata={"help": "Tables to test it on."})
-    seed: int = field(default=0, metadata={"help": "For the text, the models and the training."})
+    seed: int = field(default=0, metadata={"help": "The random seed of the text, the models and the training."})
 
     def __post_init__(self) -> None:
         given = [name for name in ("pretraining_steps", "prefix_steps") if getattr(self, name) is not None]
@@ -84,7 +83,7 @@ class DemoSettings:
         check_numbers(self, 0, "seed", at_most=LARGEST_SEED)
         if self.model is not None and self.pretraining_steps is not None:
             raise ValueError(
-                f"`pretraining_steps` is {self.pretraining_steps}, but `model` is {self.model!r}, which is trained already. "
+                f"`pretraining_steps` is {self.pretraining_steps}, but `model` is {self.model!r}, which is already trained. "
                 "Give one of them."
             )
 
@@ -95,12 +94,12 @@ class DemoSettings:
 
     @property
     def dtype(self) -> str:
-        """What the base model is loaded in."""
+        """The base model's dtype."""
         return "float32" if self.model is None else fast_dtype()
 
 
 class Score(NamedTuple):
-    """How a model does on the held-out tables."""
+    """The result of a model on the held-out tables."""
 
     loss: float
     exact_match: float
@@ -120,23 +119,23 @@ def run_demo(settings: DemoSettings) -> Outcome:
     Run the demo, and print what happens.
 
     Args:
-        settings (`DemoSettings`): Which model it is on, where it writes and how long it trains.
+        settings (`DemoSettings`): The options.
 
     Returns:
-        `Outcome`: How the model does on held-out tables, before and after.
+        `Outcome`: The scores on held-out tables, before and after.
 
     Raises:
-        CommandError: If the model cannot be loaded, or the adapter, loaded in a new process, writes other sentences.
+        CommandError: If the model cannot be loaded, or the adapter generates other sentences in a new process.
     """
     started = time.monotonic()
     console = Console(soft_wrap=True)
-    transformers_logging.disable_progress_bar()  # loading such a model is not worth a bar
+    transformers_logging.disable_progress_bar()  # the model loads in an instant
     generator = random.Random(settings.seed)
     adapter = settings.output / "adapter"
 
     if settings.model is None:
         console.rule("1. A small language model")
-        torch.set_num_threads(1)  # for matrices this small more threads only wait for each other
+        torch.set_num_threads(1)  # with matrices this small, more threads are slower
         steps = settings.pretraining_steps or PRETRAINING_STEPS
         make_base_model(Path(settings.base), steps, generator, settings.seed, console)
     else:
@@ -182,7 +181,7 @@ def fast_dtype() -> str:
     if torch.cuda.is_available():
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        flags = Path("/proc/cpuinfo")  # only Linux says it
+        flags = Path("/proc/cpuinfo")  # only Linux has it
         has_bfloat16 = flags.is_file() and re.search(r"bf16\b", flags.read_text(encoding="utf-8")) is not None
     return "bfloat16" if has_bfloat16 else "float32"
 
@@ -199,12 +198,12 @@ def write_data(settings: DemoSettings, generator: random.Random) -> list[Record]
 
 
 def prefix_config() -> PrefixPlusConfig:
-    """The demo's adapter."""
+    """Return the configuration of the demo's adapter."""
     return PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
 
 
 def training_settings(settings: DemoSettings, adapter: Path) -> TrainingSettings:
-    """The demo's training."""
+    """Return the options of the demo's training."""
     plan = PLAN_OF_SMALL_MODEL if settings.model is None else PLAN_OF_REAL_MODEL
     steps = settings.prefix_steps or plan.steps
     return TrainingSettings(
@@ -244,7 +243,7 @@ def mean_loss(
 
 
 def score(model: Any, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int = 50) -> Score:
-    """Compute the loss on the records' completions, and let the model write its own."""
+    """Compute the loss on the records' completions, and generate the model's own."""
     prompts = [record.prompt for record in records]
     sentences = list(complete(model, tokenizer, prompts, MAX_NEW_TOKENS, batch_size, do_sample=False))
     num_right = sum(
@@ -254,7 +253,7 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, records: Sequence[Reco
 
 
 def show(console: Console, records: Sequence[Record], result: Score, count: int = 3) -> None:
-    """Print the score, and the first tables with what the model writes and what it should."""
+    """Print the score, and the first tables with the model's sentences and the wanted ones."""
     for record, sentence in list(zip(records, result.sentences, strict=True))[:count]:
         console.print(f"  {record.prompt}", style="dim", highlight=False)
         console.print(f"    writes  {sentence.strip()}", highlight=False)
@@ -264,10 +263,16 @@ def show(console: Console, records: Sequence[Record], result: Score, count: int 
 
 def check_in_new_process(adapter: Path, data: Path, dtype: str, expected: Sequence[str]) -> None:
     """
-    Let `prefix-plus generate` complete the data's prompts in a process of its own.
+    Complete the prompts of the data with `prefix-plus generate` in a new process.
+
+    Args:
+        adapter (`Path`): The adapter.
+        data (`Path`): The data.
+        dtype (`str`): The base model's dtype.
+        expected (`Sequence[str]`): The sentences.
 
     Raises:
-        CommandError: If it fails or writes anything but the expected sentences.
+        CommandError: If it fails, or generates other sentences.
     """
     arguments = ["--adapter", adapter, "--data", data, "--json-lines", "--max-new-tokens", MAX_NEW_TOKENS]
     arguments += ["--batch-size", 50, "--dtype", dtype]
@@ -277,4 +282,4 @@ def check_in_new_process(adapter: Path, data: Path, dtype: str, expected: Sequen
         raise CommandError(f"The new process failed:\n{result.stderr}")
     written = [json.loads(line)["completion"] for line in result.stdout.splitlines()]
     if written != list(expected):
-        raise CommandError("The adapter, loaded in a new process, writes other sentences than before.")
+        raise CommandError("In a new process the adapter generates other sentences than before.")

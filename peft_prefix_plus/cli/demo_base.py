@@ -1,4 +1,4 @@
-"""The base model that `prefix-plus demo` makes: a small Llama and its tokenizer, trained on generated text."""
+"""The base model of `prefix-plus demo`: a small Llama and its tokenizer, trained on generated text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..training.padding import padding_id
 from .demo_text import document
-from .records import Collator, Record, encode, padding_id
+from .records import Collator, Record, encode
 
 
 END, PADDING = "<end>", "<pad>"
@@ -24,11 +25,11 @@ def make_base_model(directory: Path, num_steps: int, generator: random.Random, s
     Train a tokenizer and a language model on generated text, and save both.
 
     Args:
-        directory (`Path`): Where to.
-        num_steps (`int`): Batches to train the model on.
-        generator (`random.Random`): Draws the text.
-        seed (`int`): For the model's start.
-        console (`Console`): For what there is to see.
+        directory (`Path`): The directory for both.
+        num_steps (`int`): The number of training steps.
+        generator (`random.Random`): The random generator of the text.
+        seed (`int`): The random seed of the model's start.
+        console (`Console`): The console to print to.
     """
     batches = document_batches(num_steps, generator)
     tokenizer = make_tokenizer([text for batch in batches[: max(20, num_steps // 4)] for text in batch])
@@ -58,7 +59,7 @@ def make_base_model(directory: Path, num_steps: int, generator: random.Random, s
 def document_batches(
     num_batches: int, generator: random.Random, batch_size: int = 6, pool: int = 20
 ) -> list[list[str]]:
-    """Return batches of generated documents; those of a batch are about equally long, so that little is padding."""
+    """Return batches of generated documents. The documents of a batch have similar lengths, so there is little padding."""
     batches: list[list[str]] = []
     while len(batches) < num_batches:
         drawn = sorted((document(generator) for _ in range(batch_size * pool)), key=lambda text: len(text.split()))
@@ -68,7 +69,7 @@ def document_batches(
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Train a byte-pair tokenizer that, on these texts, comes close to a token per word."""
+    """Train a byte-pair tokenizer, with about one token per word of these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +86,7 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
 def pretrain(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[str]], console: Console
 ) -> None:
-    """Train all of the model's parameters to predict the documents, one batch per step."""
+    """Train the whole model to predict the documents, one batch per step."""
     collate = Collator(padding_id(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=len(batches), pct_start=0.3)

@@ -1,4 +1,4 @@
-"""`prefix-plus distill`: teach a prefix what a document in the context does."""
+"""`prefix-plus distill`: train a prefix to replace a document in the context."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from ..training.checkpoints import checkpoints, remove_checkpoints
 from ..training.distill import CONVERSATIONS_FILE, RUN_FILE, STARTS, Prompt, distill
 from ..training.self_study import TEMPLATES, SelfStudy
 from .errors import CommandError, check_numbers, check_positive, shown_as_command_error
-from .loading import LARGEST_SEED, check_dtype, load_model, load_tokenizer, reading
+from .loading import DTYPE_HELP, LARGEST_SEED, check_dtype, load_model, load_tokenizer, reading
 from .records import check_text, check_vocabulary, read_conversations, read_templates
-from .training_output import check_same_config, save_adapter
+from .rows import read_text
+from .training_output import check_same_config, is_used, save_adapter
 
 
 @dataclass
@@ -27,7 +28,9 @@ class DocumentPrefixConfig(PrefixPlusConfig):
     num_virtual_tokens: int = field(default=128, metadata={"help": "Number of prefix positions per attention module."})
     decoupled: bool | None = field(
         default=False,
-        metadata={"help": "Add the prefix outside the softmax, which a document's keys and values were not made for."},
+        metadata={
+            "help": "Add the prefix outside the softmax. A document's own keys and values cannot start such a prefix."
+        },
     )
     position_free: bool | None = field(
         default=False,
@@ -44,53 +47,54 @@ class DocumentPrefixConfig(PrefixPlusConfig):
 
 @dataclass(kw_only=True)
 class DistillationSettings:
-    """What to distil into a prefix, how, and where it goes. The fields' help texts say the rest."""
+    """The options of `prefix-plus distill`; the help texts describe them."""
 
     model: str = field(
-        metadata={"help": "The base model: a directory or a name on the Hub; its tokenizer has a chat template."}
+        metadata={"help": "The base model: a directory or a name on the Hub. Its tokenizer must have a chat template."}
     )
-    document: list[str] = field(metadata={"help": "The document: a text file, or several with commas between them."})
-    output: Path = field(
-        metadata={"help": "The directory for conversations, checkpoints and, in the end, the adapter."}
-    )
+    document: list[str] = field(metadata={"help": "The document: a text file, or several separated by commas."})
+    output: Path = field(metadata={"help": "The directory for conversations, checkpoints and the trained adapter."})
     data: Path | None = field(
         default=None,
         metadata={
-            "help": "JSON lines with 'prompt', and 'completion' if the answer is known. Without it, self-study."
+            "help": "A file of prompts: 'prompt', and 'completion' if the answer is known. Default: self-study."
         },
     )
-    conversations: int = field(default=512, metadata={"help": "Conversations that the model makes in self-study."})
+    conversations: int = field(
+        default=512, metadata={"help": "How many conversations the model writes in self-study."}
+    )
     templates: Path | None = field(
         default=None,
         metadata={
-            "help": "JSON lines with 'kind', 'prompt' ({piece} or {start} in it), 'asks' and 'recites', for self-study."
+            "help": "A file of templates for self-study: 'kind', 'prompt' with {piece} or {start}, 'asks' and 'recites'."
         },
     )
-    max_answer_tokens: int = field(
-        default=128, metadata={"help": "The most tokens of an answer that the model writes."}
-    )
+    max_answer_tokens: int = field(default=128, metadata={"help": "The most tokens of an answer in self-study."})
     temperature: float = field(
-        default=0.7, metadata={"help": "What the model's prompts and answers are drawn at; 0 takes the likeliest."}
+        default=0.7, metadata={"help": "The sampling temperature in self-study; 0 takes the likeliest token."}
     )
-    writing_batch_size: int = field(default=8, metadata={"help": "Conversations written at a time."})
+    writing_batch_size: int = field(default=8, metadata={"help": "Conversations per batch in self-study."})
     window_tokens: int | None = field(
         default=None,
-        metadata={"help": "The most tokens of the document in the context; None means half of the model's context."},
+        metadata={"help": "The most tokens of the document in the context. Default: half of the model's context."},
     )
     top_k: int = field(
         default=20,
-        metadata={"help": "The teacher's likeliest tokens that count one by one, the rest together; 0 means all."},
+        metadata={
+            "help": "How many of the teacher's likeliest tokens count one by one; the rest count together. 0 means all."
+        },
     )
     start: str | None = field(
         default=None,
         metadata={
-            "help": "Where the prefix starts: attention (it stands for the document), first (its first tokens), config; None chooses."
+            "help": "The start of the prefix: attention (matched to the document), first (its first tokens) or config. Default: attention for "
+            "a joint prefix, else config."
         },
     )
     distractors: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Adapters of other documents that are active beside in some steps: directories, with commas."
+            "help": "Adapters of other documents that are active too in some steps: directories, separated by commas."
         },
     )
     learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
@@ -100,29 +104,29 @@ class DistillationSettings:
     )
     warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises."})
     epochs: float = field(default=1.0, metadata={"help": "Passes over the conversations."})
-    max_steps: int = field(
-        default=-1, metadata={"help": "Optimizer steps; if positive, it counts instead of the epochs."}
-    )
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; if positive, they replace --epochs."})
     batch_size: int = field(default=4, metadata={"help": "Conversations per device and step."})
     gradient_accumulation: int = field(default=1, metadata={"help": "Batches per optimizer step."})
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute activations twice instead of keeping them."}
     )
-    seed: int = field(default=0, metadata={"help": "For the conversations, their order and the adapter's start."})
+    seed: int = field(
+        default=0, metadata={"help": "The random seed of the conversations, their order and the adapter's start."}
+    )
     save_steps: int = field(default=50, metadata={"help": "Optimizer steps between checkpoints."})
     keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep."})
     logging_steps: int = field(default=10, metadata={"help": "Optimizer steps between reports of the loss."})
     progress: bool = field(default=True, metadata={"help": "Show progress bars."})
-    resume: bool = field(default=False, metadata={"help": "Go on where the run in the output directory has stopped."})
-    overwrite: bool = field(default=False, metadata={"help": "Start anew in an output directory that is not empty."})
+    resume: bool = field(default=False, metadata={"help": "Continue the run in the output directory."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start a new run in an output directory that is not empty."}
+    )
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
         if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite contradict each other.")
+            raise ValueError("--resume and --overwrite contradict each other. Give one of them.")
         if self.start not in (None, *STARTS):
             raise ValueError(f"`start` must be one of {', '.join(STARTS)}, got {self.start!r}.")
         check_positive(self, "learning_rate", *(["epochs"] if self.max_steps <= 0 else []))
@@ -140,14 +144,14 @@ def distill_document(settings: DistillationSettings, config: DocumentPrefixConfi
     Distil a document into a prefix, and save it with its model card and the tokenizer.
 
     Args:
-        settings (`DistillationSettings`): What to distil, how, and where it goes.
+        settings (`DistillationSettings`): The options.
         config (`DocumentPrefixConfig`): The adapter's configuration.
 
     Returns:
         `PeftModel`: The trained model.
 
     Raises:
-        CommandError: If the document, the data, the output directory or a name is not as it must be. Nothing has been written then.
+        CommandError: If the document, the data or the base model cannot be read, or the output directory cannot be used.
     """
     config.task_type = "CAUSAL_LM"
     text = read_documents(settings.document)
@@ -194,17 +198,17 @@ def distill_document(settings: DistillationSettings, config: DocumentPrefixConfi
 
 def read_documents(paths: list[str]) -> str:
     """
-    Return the texts of files, one after the other.
+    Return the joined texts of files.
+
+    Args:
+        paths (`list[str]`): The files.
 
     Raises:
         CommandError: If one cannot be read or is empty.
     """
     texts = []
     for path in paths:
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"Cannot read {path}: {error}") from error
+        text = read_text(Path(path))
         if not text.strip():
             raise CommandError(f"{path} is empty: there is nothing to learn from it.")
         texts.append(check_text(path, text).strip())
@@ -212,7 +216,19 @@ def read_documents(paths: list[str]) -> str:
 
 
 def load_distractors(model: PeftModel, adapters: list[str]) -> list[str]:
-    """Add adapters to the model, frozen and not active, and return the names that they have there."""
+    """
+    Add adapters to the model, frozen and inactive.
+
+    Args:
+        model (`PeftModel`): The model.
+        adapters (`list[str]`): Directories or names on the Hub.
+
+    Returns:
+        `list[str]`: The names of the adapters in the model.
+
+    Raises:
+        CommandError: If one cannot be loaded.
+    """
     names = []
     for number, adapter in enumerate(adapters):
         with reading(f"the adapter {adapter!r}"):
@@ -223,15 +239,17 @@ def load_distractors(model: PeftModel, adapters: list[str]) -> list[str]:
 
 def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> None:
     """
-    Check that the output directory may be written to, and clear it of a run that is to be overwritten.
+    Check that the output directory can be used. With `overwrite`, remove the run that is in it.
+
+    Args:
+        settings (`DistillationSettings`): The options.
+        config (`PrefixPlusConfig`): The adapter's configuration.
 
     Raises:
-        CommandError: If it may not, or its checkpoint is of an adapter with another configuration.
+        CommandError: If it is in use, or `resume` finds a checkpoint of an adapter with another configuration.
     """
     output = settings.output
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output must be a directory, {output} is a file.")
-    if not (output.is_dir() and any(output.iterdir())):
+    if not is_used(output):
         return
     if settings.overwrite:
         remove_checkpoints(output)
@@ -239,8 +257,7 @@ def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> No
             (output / name).unlink(missing_ok=True)
     elif not settings.resume:
         raise CommandError(
-            f"The output directory {output} is not empty. Use --resume to go on where its run has stopped, --overwrite to start anew "
-            "in it, or another --output."
+            f"The output directory {output} is not empty. Use --resume to continue its run, --overwrite to replace it, or another --output."
         )
     else:
         for checkpoint in checkpoints(output, complete_only=True)[-1:]:
@@ -248,7 +265,7 @@ def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> No
 
 
 def training_arguments(settings: DistillationSettings) -> TrainingArguments:
-    """Say in the Trainer's words what the settings say."""
+    """Return the Trainer's arguments for these options."""
     values: dict[str, Any] = dict(
         output_dir=str(settings.output),
         learning_rate=settings.learning_rate,

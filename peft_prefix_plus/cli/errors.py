@@ -1,4 +1,4 @@
-"""The errors that the command shows as one line instead of a traceback."""
+"""Errors that the command shows as one line instead of a traceback, and checks of numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LARGEST", "PLAIN", "CommandError", "check_numbers", "check_positive"
 
 
 PLAIN = (OSError, ValueError, TypeError, ImportError)
-"""Exceptions whose message says enough without the name of their class."""
+"""Exceptions whose message is clear without the name of their class."""
 
 
 @contextmanager
@@ -23,8 +23,11 @@ def shown_as_command_error(*kinds: type[Exception], while_doing: str = "") -> It
     Turn exceptions of these kinds into a [`CommandError`].
 
     Args:
-        kinds: The classes of exceptions that the user, not the program, is to fix where this is used.
-        while_doing (`str`): What to put before the message, for instance "Cannot load the model".
+        kinds (`type[Exception]`): The classes of the exceptions that the user can fix.
+        while_doing (`str`, defaults to `""`): The beginning of the message, for instance "Cannot load the model".
+
+    Raises:
+        CommandError: With the message of the exception.
     """
     try:
         yield
@@ -37,25 +40,25 @@ def shown_as_command_error(*kinds: type[Exception], while_doing: str = "") -> It
 
 
 LARGEST = 2**31 - 1
-"""The largest number that an option takes: what computes with them does so in 32 or 64 bits."""
+"""The largest value of an option: torch and transformers compute with some of them in 32 bits."""
 
 
 def check_numbers(settings: Any, at_least: float, *names: str, at_most: float = LARGEST) -> None:
     """
-    Raise unless numbers of some settings are in a range.
+    Raise unless some fields of settings are in a range.
 
     Args:
         settings: The settings.
         at_least (`float`): The smallest number allowed.
-        names: The names of the fields.
-        at_most (`float`): The largest number allowed.
+        names (`str`): The names of the fields.
+        at_most (`float`, defaults to `LARGEST`): The largest number allowed.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If one is outside of it.
     """
     for name in names:
         value = getattr(settings, name)
-        if not value >= at_least:  # NaN neither
+        if not value >= at_least:  # also NaN
             raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")
         if value > at_most:
             raise ValueError(f"`{name}` must be at most {at_most}, got {value}.")
@@ -63,7 +66,11 @@ def check_numbers(settings: Any, at_least: float, *names: str, at_most: float = 
 
 def check_positive(settings: Any, *names: str) -> None:
     """
-    Raise unless numbers of some settings are positive and finite.
+    Raise unless some fields of settings are positive and finite.
+
+    Args:
+        settings: The settings.
+        names (`str`): The names of the fields.
 
     Raises:
         ValueError: If one is not.

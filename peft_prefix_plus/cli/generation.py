@@ -1,4 +1,4 @@
-"""`prefix-plus generate`: let an adapted model complete prompts."""
+"""`prefix-plus generate`: complete prompts with an adapted model."""
 
 from __future__ import annotations
 
@@ -12,30 +12,37 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..training.padding import padding_id
 from .errors import CommandError, check_numbers, check_positive
-from .loading import LARGEST_SEED, check_dtype, load_adapted_model, num_positions
-from .records import check_text, check_vocabulary, padding_id, prompt_ids, read_prompts
+from .loading import (
+    BASE_MODEL_HELP,
+    DTYPE_HELP,
+    LARGEST_SEED,
+    TRUST_HELP,
+    check_dtype,
+    load_adapted_model,
+    num_positions,
+)
+from .records import check_text, check_vocabulary, prompt_ids, read_prompts
 
 
 @dataclass(kw_only=True)
 class GenerationSettings:
-    """What to complete with which adapter, and how. The fields' help texts say the rest."""
+    """The options of `prefix-plus generate`; the help texts describe them."""
 
     adapter: str = field(metadata={"help": "The adapter: a directory or a name on the Hub."})
-    model: str | None = field(default=None, metadata={"help": "The base model, if it is not where the adapter says."})
+    model: str | None = field(default=None, metadata=BASE_MODEL_HELP)
     prompt: str | None = field(
         default=None,
-        metadata={"help": "The prompt. Without --prompt and --data, the prompt is read from standard input."},
+        metadata={"help": "The prompt. Without --prompt and --data it is read from standard input."},
     )
-    data: Path | None = field(
-        default=None, metadata={"help": "JSON lines; the completion of every 'prompt' is printed."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to write per prompt."})
+    data: Path | None = field(default=None, metadata={"help": "A file of JSON lines; complete the 'prompt' of each."})
+    max_new_tokens: int = field(default=128, metadata={"help": "The most tokens to generate per prompt."})
     sample: bool = field(
         default=False, metadata={"help": "Draw tokens at random instead of taking the likeliest one."}
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "With --sample: below 1 the likely tokens are favoured."}
+        default=1.0, metadata={"help": "With --sample: the temperature; below 1 favours likely tokens."}
     )
     top_p: float = field(
         default=1.0, metadata={"help": "With --sample: draw among the likeliest tokens of this total probability."}
@@ -43,22 +50,19 @@ class GenerationSettings:
     top_k: int = field(
         default=0, metadata={"help": "With --sample: draw among this many of the likeliest tokens; 0 means all."}
     )
-    seed: int = field(default=0, metadata={"help": "For --sample."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts at a time."})
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that lies beside the base model's weights."}
-    )
+    seed: int = field(default=0, metadata={"help": "With --sample: the random seed."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts per batch."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
+    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
     json_lines: bool = field(
-        default=False, metadata={"help": "Print JSON lines with 'prompt' and 'completion' instead of the text alone."}
+        default=False,
+        metadata={"help": "Print JSON lines with 'prompt' and 'completion' instead of plain completions."},
     )
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
         if self.prompt is not None and self.data is not None:
-            raise ValueError("--prompt and --data contradict each other.")
+            raise ValueError("--prompt and --data contradict each other. Give one of them.")
         check_numbers(self, 1, "max_new_tokens", "batch_size")
         check_positive(self, "temperature")
         if not 0.0 < self.top_p <= 1.0:
@@ -68,7 +72,7 @@ class GenerationSettings:
         for name, unused in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != unused and not self.sample:
                 raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, but without --sample the likeliest token is taken. Add --sample."
+                    f"`{name}` is {getattr(self, name)}, but it has no effect without --sample. Add --sample."
                 )
 
 
@@ -77,17 +81,17 @@ def generate(settings: GenerationSettings) -> None:
     Print the completions on standard output, in the order of the prompts.
 
     Args:
-        settings (`GenerationSettings`): What to complete with which adapter, and how.
+        settings (`GenerationSettings`): The options.
 
     Raises:
-        CommandError: If there is no prompt, or a name or a file is not as it must be.
+        CommandError: If there is no prompt, or the adapter, its base model or the data cannot be read.
     """
     if settings.data is not None:
         prompts = read_prompts(settings.data)
     else:
         prompts = [sys.stdin.read().removesuffix("\n") if settings.prompt is None else settings.prompt]
     if not any(prompts):
-        raise CommandError("There is no prompt. Give one by --prompt or on standard input, or several by --data.")
+        raise CommandError("There is no prompt. Give one with --prompt or on standard input, or several with --data.")
     if settings.data is None:
         check_text("The prompt", prompts[0])
     model, tokenizer = load_adapted_model(
@@ -125,12 +129,15 @@ def complete(
     Yield the completion of every prompt, without the prompt.
 
     Args:
-        model: The model, which is left in evaluation mode.
+        model (`PreTrainedModel` or `PeftModel`): The model. It is left in evaluation mode.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         prompts (`Sequence[str]`): The prompts.
-        max_new_tokens (`int`): The most tokens to write per prompt.
-        batch_size (`int`): Prompts at a time.
-        kwargs: For the model's `generate`.
+        max_new_tokens (`int`): The most tokens to generate per prompt.
+        batch_size (`int`, defaults to 8): Prompts per batch.
+        kwargs: Passed to the model's `generate`.
+
+    Raises:
+        CommandError: If the tokenizer does not fit the model, or the model has too few positions.
     """
     model.eval()
     padding = padding_id(tokenizer)
@@ -157,14 +164,19 @@ def complete(
 
 def check_positions(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """
-    Raise unless a model has positions for a prompt and what it writes.
+    Raise unless a model has enough positions for a prompt and its completion.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        num_prompt_tokens (`int`): The tokens of the longest prompt.
+        max_new_tokens (`int`): The most tokens to generate.
 
     Raises:
-        CommandError: If it has not.
+        CommandError: If it has too few.
     """
     limit = num_positions(model)
     if limit is not None and num_prompt_tokens + max_new_tokens > limit:
         raise CommandError(
-            f"The model has {limit} positions, which is less than the {num_prompt_tokens} tokens of the longest prompt and "
-            f"--max-new-tokens {max_new_tokens}. Shorten the prompt, or ask for fewer tokens."
+            f"The model has {limit} positions; the longest prompt has {num_prompt_tokens} tokens and --max-new-tokens is "
+            f"{max_new_tokens}, which is more. Shorten the prompt, or lower --max-new-tokens."
         )

@@ -1,4 +1,4 @@
-"""`prefix-plus inspect`: what the prefix in each layer of an adapter is like, and how much it contributes."""
+"""`prefix-plus inspect`: the size of the prefix in each layer of an adapter, and how much it contributes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from ..adapters.lookup import layers_with_adapter
 from ..insight.contribution import prefix_contribution
 from ..insight.plots import plot_prefix_contribution, plot_prefix_norms, plot_training_curve, require_matplotlib
 from ..training.checkpoints import checkpoints
+from ..training.padding import padding_id
 from .errors import CommandError, check_numbers, shown_as_command_error
-from .loading import check_dtype, load_adapted_model, load_config, load_without_base_weights
-from .records import Collator, padding_id, read_records
+from .loading import DTYPE_HELP, check_dtype, load_adapted_model, load_config, load_without_base_weights
+from .records import Collator, read_records
 from .training import encode_all
 
 
 @dataclass(kw_only=True)
 class InspectionSettings:
-    """Which adapter to look at, and on what data. The fields' help texts say the rest."""
+    """The options of `prefix-plus inspect`; the help texts describe them."""
 
     adapter: str = field(metadata={"help": "The adapter: a directory or a name on the Hub.", "is_argument": True})
     base: str | None = field(
         default=None,
         metadata={
-            "help": "The base model, if it is not where the adapter says; without --data its weights are not read."
+            "help": "The base model. Default: the one that the adapter names. Its weights are read only with --data."
         },
     )
     data: Path | None = field(
         default=None,
-        metadata={"help": "JSON lines as for train; what the prefix contributes on them is measured."},
+        metadata={"help": "Data as for train; measure how much the prefix contributes to attention on them."},
     )
-    plot: Path | None = field(default=None, metadata={"help": "A directory to draw figures into, as PNG files."})
-    batch_size: int = field(default=8, metadata={"help": "Records at a time."})
+    plot: Path | None = field(default=None, metadata={"help": "A directory for figures, as PNG files."})
+    batch_size: int = field(default=8, metadata={"help": "Records per batch."})
     max_length: int = field(
-        default=1024, metadata={"help": "The most tokens per record: prompts lose their start, completions their end."}
+        default=1024,
+        metadata={"help": "The most tokens per record. Long prompts lose their start, long completions their end."},
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -51,7 +51,17 @@ class InspectionSettings:
 
 
 class Row(NamedTuple):
-    """What is shown of one attention module; `gate` is None without a gate."""
+    """
+    A row of the table: one attention module.
+
+    Attributes:
+        module (`str`): Its name.
+        shape (`str`): Heads, tokens and dim of the prefix.
+        key_rms (`float`): The root mean square of the keys.
+        value_rms (`float`): The root mean square of the values.
+        gate (`float`, *optional*): The mean absolute gate; `None` without a gate.
+        parameters (`int`): The number of parameters in the module.
+    """
 
     module: str
     shape: str
@@ -63,25 +73,25 @@ class Row(NamedTuple):
 
 def inspect(settings: InspectionSettings) -> None:
     """
-    Print a table of an adapter's prefix, a line for each attention module, and draw figures if asked to.
+    Print a table of an adapter's prefix, with a row for each attention module. With `plot`, draw figures too.
 
     Args:
-        settings (`InspectionSettings`): Which adapter to look at, and on what data.
+        settings (`InspectionSettings`): The options.
 
     Raises:
-        CommandError: If a name, a file or the directory for the figures is not as it must be, or matplotlib is missing.
+        CommandError: If the adapter, its base model or the data cannot be read, the figures cannot be written, or matplotlib is missing.
     """
     if settings.plot is not None:
         with shown_as_command_error(ImportError):
             require_matplotlib()
         if settings.plot.exists() and not settings.plot.is_dir():
-            raise CommandError(f"--plot must be a directory, {settings.plot} is a file.")
+            raise CommandError(f"--plot must be a directory, {settings.plot} is a file. Give another path.")
     records = read_records(settings.data) if settings.data is not None else None
     task_type = load_config(settings.adapter).task_type
     if task_type not in (None, "CAUSAL_LM"):
         raise CommandError(
-            f"{settings.adapter!r} is an adapter for {task_type}; prefix-plus looks into those of causal language models. Use "
-            "peft_prefix_plus.prefix_key_values and prefix_contribution on the loaded model."
+            f"{settings.adapter!r} is an adapter for {task_type}; prefix-plus inspects adapters for CAUSAL_LM. Load the model in Python, "
+            "and use peft_prefix_plus.prefix_key_values and prefix_contribution."
         )
     contributions = None
     if records is None:
@@ -105,8 +115,11 @@ def rows_of(model: Any, adapter_name: str = "default") -> list[Row]:
     Describe an adapter's prefix in each attention module.
 
     Args:
-        model: A model with the adapter.
+        model (`PeftModel`): A model with the adapter.
         adapter_name (`str`, defaults to `"default"`): The adapter.
+
+    Returns:
+        `list[Row]`: A row for each module.
     """
     rows = []
     for name, layer in layers_with_adapter(model, adapter_name):
@@ -127,7 +140,7 @@ def rows_of(model: Any, adapter_name: str = "default") -> list[Row]:
 
 
 def mean_contributions(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What the prefix contributes, (query_heads,) for each module: the mean over the real tokens of all batches."""
+    """Return the mean of [`prefix_contribution`] over the real tokens of all batches, (query_heads,) for each module."""
     totals: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:
@@ -140,7 +153,7 @@ def mean_contributions(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -
 
 
 def print_table(adapter: str, rows: Sequence[Row], contributions: dict[str, torch.Tensor] | None) -> None:
-    """Print what was found; the contribution is the mean over a module's query heads and the largest of them."""
+    """Print the table. Contributions are shown as the mean and the largest over a module's query heads."""
     has_gate = any(row.gate is not None for row in rows)
     table = Table("module", "heads × tokens × dim", title=adapter)
     numbers = ["key rms", "value rms", *(["gate"] if has_gate else []), "parameters"]
@@ -156,14 +169,14 @@ def print_table(adapter: str, rows: Sequence[Row], contributions: dict[str, torc
             cells += ["", ""] if of_heads is None else [f"{of_heads.mean():.1%}", f"{of_heads.max():.1%}"]
         table.add_row(*cells)
     console = Console(soft_wrap=True)
-    # as wide as it must be: in a narrow terminal, and in a pipe, the cells would be cut
+    # as wide as the table, because a narrow terminal or a pipe would cut its cells
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
     console.print(table)
     console.print(f"{sum(row.parameters for row in rows):,} parameters in all", highlight=False)
 
 
 def draw(directory: Path, adapter: str, model: Any, contributions: dict[str, torch.Tensor] | None) -> None:
-    """Write the figures that there are data for, and say which."""
+    """Draw the figures that there are data for, and print their paths."""
     figures = {"prefix_norms": plot_prefix_norms(model)}
     if contributions is not None:
         figures["prefix_contribution"] = plot_prefix_contribution(contributions)

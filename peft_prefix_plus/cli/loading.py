@@ -35,28 +35,40 @@ from .errors import CommandError, shown_as_command_error
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+DTYPE_HELP = {"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
+BASE_MODEL_HELP = {"help": "The base model. Default: the one that the adapter names."}
+TRUST_HELP = {"help": "Run code from the base model's repository."}
+"""Metadata of fields that several commands have."""
+
 LARGEST_SEED = 2**32 - 1
 """The largest seed that numpy takes."""
 
 
 def reading(what: str) -> AbstractContextManager[None]:
-    """Show what a file that the user names makes its readers raise, which is of any class, as a [`CommandError`]."""
+    """Turn any exception of code that reads a user's file into a [`CommandError`]: broken files raise exceptions of every class."""
     return shown_as_command_error(Exception, while_doing=f"Cannot load {what}")
 
 
 def check_dtype(name: str) -> None:
     """
-    Raise unless this names a dtype to load a model in.
+    Raise unless a name is one of `DTYPES`.
 
     Raises:
-        ValueError: If it is not one of `DTYPES`.
+        ValueError: If it is not.
     """
     if name not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
 
 
 class Task(NamedTuple):
-    """How the models of a task are called, loaded and known."""
+    """
+    A kind of model.
+
+    Attributes:
+        words (`str`): Its name in errors.
+        auto_class: The class of transformers that loads it.
+        mapping: The configurations of all models of this kind.
+    """
 
     words: str
     auto_class: Any
@@ -72,19 +84,25 @@ TASKS = {
         "sequence classifier", AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     ),
 }
-"""By the name that PEFT's configurations have for them (`task_type`)."""
+"""The kinds of model by PEFT's `task_type`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which version of a base model to load from the Hub, and whether to run code that lies beside its weights."""
+    """
+    Where a base model comes from.
+
+    Attributes:
+        revision (`str`, *optional*): Its branch, tag or commit on the Hub; `None` means `"main"`.
+        trust_remote_code (`bool`, defaults to `False`): Whether to run code from its repository.
+    """
 
     revision: str | None = None
     trust_remote_code: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` is to be called with."""
+        """The arguments for `from_pretrained`."""
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
 
@@ -104,11 +122,14 @@ def load_model(
 
     Args:
         name (`str`): A directory or a name on the Hub.
-        dtype (`str`): One of `DTYPES`; "auto" is the one that the checkpoint was saved in.
-        task_type (`str`, defaults to `"CAUSAL_LM"`): What kind of model, one of `TASKS`.
-        source (`Source`): Which version of it.
-        bits (`int`, *optional*): 4 or 8 to quantize it by bitsandbytes.
+        dtype (`str`, defaults to `"auto"`): One of `DTYPES`; "auto" is the dtype of the checkpoint.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): The kind of model, one of `TASKS`.
+        source (`Source`): Its version.
+        bits (`int`, *optional*): 4 or 8 to quantize it with bitsandbytes.
         config_changes: Fields to change in its configuration.
+
+    Returns:
+        `PreTrainedModel`: The model.
 
     Raises:
         CommandError: If it cannot be loaded, is of another kind, or bitsandbytes is missing.
@@ -125,21 +146,25 @@ def load_model(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            ignore_mismatched_sizes="num_labels" in config_changes,  # another classifier's head is not wanted
+            ignore_mismatched_sizes="num_labels" in config_changes,  # the checkpoint's own head is of other classes
             **options,
         )
 
 
 def quantization(bits: int, dtype: str) -> BitsAndBytesConfig:
     """
-    Return how to quantize a model to 4 bits (NF4) or 8.
+    Return the configuration that quantizes a model to 4 bits (NF4) or 8.
+
+    Args:
+        bits (`int`): 4 or 8.
+        dtype (`str`): One of `DTYPES`, in which 4-bit weights are computed with; "auto" means bfloat16.
 
     Raises:
         CommandError: If bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise CommandError(
-            f"--load-in-{bits}bit needs the package bitsandbytes, which is not installed. Install it by: pip install bitsandbytes"
+            f"--load-in-{bits}bit needs the package bitsandbytes. Install with: pip install bitsandbytes"
         )
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -153,11 +178,11 @@ def load_model_config(name: str, task_type: str = "CAUSAL_LM", source: Source = 
 
     Args:
         name (`str`): A directory or a name on the Hub.
-        task_type (`str`, defaults to `"CAUSAL_LM"`): What kind of model, one of `TASKS`.
-        source (`Source`): Which version of it.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): The kind of model, one of `TASKS`.
+        source (`Source`): Its version.
 
     Raises:
-        CommandError: If it cannot be loaded, or is another kind of model's.
+        CommandError: If it cannot be loaded, or the model is of another kind.
     """
     task = TASKS[task_type]
     with reading(f"the configuration of {name!r}"):
@@ -165,14 +190,14 @@ def load_model_config(name: str, task_type: str = "CAUSAL_LM", source: Source = 
     brings_its_class = task.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
     if type(config) not in task.mapping and not (source.trust_remote_code and brings_its_class):
         raise CommandError(
-            f"{name!r} is a model of the type {config.model_type!r}, which is no {task.words}; the command works "
-            "with those. Use PrefixPlusConfig and peft.get_peft_model for other models."
+            f"{name!r} is a model of the type {config.model_type!r}, which is no {task.words}; this command needs "
+            "one. Use PrefixPlusConfig and peft.get_peft_model in Python for other models."
         )
     return config
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """Return how many positions a model has learned, or has in a table, or `None` if it computes any."""
+    """Return the number of positions of a model with a table of positions; `None` if it has no such table."""
     config: Any = model.config
     if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
         return None
@@ -185,7 +210,10 @@ def load_tokenizer(name: str, source: Source = NEWEST) -> PreTrainedTokenizerBas
 
     Args:
         name (`str`): A directory or a name on the Hub.
-        source (`Source`): Which version of it.
+        source (`Source`): Its version.
+
+    Raises:
+        CommandError: If it cannot be loaded.
     """
     with reading(f"the tokenizer of {name!r}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **source.options)
@@ -200,7 +228,7 @@ def load_adapter_config(adapter: str) -> PeftConfig:
         adapter (`str`): A directory or a name on the Hub.
 
     Raises:
-        CommandError: If there is none.
+        CommandError: If it cannot be loaded.
     """
     with reading(f"the adapter {adapter!r}"):
         config: PeftConfig = PeftConfig.from_pretrained(adapter)
@@ -209,13 +237,13 @@ def load_adapter_config(adapter: str) -> PeftConfig:
 
 def load_config(adapter: str) -> PrefixPlusConfig:
     """
-    Load the configuration of an adapter of PREFIX_PLUS.
+    Load the configuration of a PREFIX_PLUS adapter.
 
     Args:
         adapter (`str`): A directory or a name on the Hub.
 
     Raises:
-        CommandError: If there is none, or it is another method's.
+        CommandError: If it cannot be loaded, or is of another method.
     """
     config: Any = load_adapter_config(adapter)
     if config.peft_type != PREFIX_PLUS:
@@ -227,14 +255,20 @@ def load_config(adapter: str) -> PrefixPlusConfig:
 
 def base_model_name(adapter: str, config: PeftConfig, model: str | None, option: str = "--model") -> str:
     """
-    Return the name of an adapter's base model: the one given by an option, or else the one in the configuration.
+    Return the name of an adapter's base model.
+
+    Args:
+        adapter (`str`): The adapter's directory or name, for errors.
+        config (`PeftConfig`): Its configuration.
+        model (`str`, *optional*): The user's choice; `None` means the base model that the configuration names.
+        option (`str`, defaults to `"--model"`): The option of that choice, for errors.
 
     Raises:
         CommandError: If neither names one.
     """
     base = model or config.base_model_name_or_path
     if not base:
-        raise CommandError(f"{adapter!r} does not say which base model it belongs to; give it by {option}.")
+        raise CommandError(f"The adapter {adapter!r} names no base model. Give one with {option}.")
     return base
 
 
@@ -246,17 +280,20 @@ def load_adapted_model(
     trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """
-    Load an adapter with its base model, ready to generate, and the tokenizer that it was trained with.
+    Load an adapter with its base model, in evaluation mode, and the tokenizer that was saved with it.
 
     Args:
         adapter (`str`): A directory or a name on the Hub.
         model (`str`, *optional*): The base model; `None` means the one that the adapter names.
-        dtype (`str`): The base model's dtype, as in [`load_model`].
-        option (`str`): The option that `model` is given by.
-        trust_remote_code (`bool`): Whether to run code that lies beside the base model's weights.
+        dtype (`str`, defaults to `"auto"`): The base model's dtype, as in [`load_model`].
+        option (`str`, defaults to `"--model"`): The option that gives `model`, for errors.
+        trust_remote_code (`bool`, defaults to `False`): Whether to run code from the base model's repository.
 
     Returns:
-        `tuple`: The model and the tokenizer.
+        `tuple`: The model and the tokenizer. A local adapter without a tokenizer gets the base model's.
+
+    Raises:
+        CommandError: If something cannot be loaded.
     """
     config = load_config(adapter)
     base = base_model_name(adapter, config, model, option)
@@ -275,12 +312,18 @@ def load_adapted_model(
 
 def load_without_base_weights(adapter: str, model: str | None = None, option: str = "--model") -> PeftModel:
     """
-    Load an adapter over a base model without weights, of which only the configuration is read.
+    Load an adapter on a base model without weights. Only the base model's configuration is read.
 
     Args:
         adapter (`str`): A directory or a name on the Hub.
         model (`str`, *optional*): The base model; `None` means the one that the adapter names.
-        option (`str`): The option that `model` is given by.
+        option (`str`, defaults to `"--model"`): The option that gives `model`, for errors.
+
+    Returns:
+        `PeftModel`: The model, in evaluation mode.
+
+    Raises:
+        CommandError: If something cannot be loaded.
     """
     config = load_config(adapter)
     config.awaits_weights = True
@@ -289,7 +332,7 @@ def load_without_base_weights(adapter: str, model: str | None = None, option: st
         adapted: Any = get_peft_model(base_model, config)
         weights = load_peft_weights(adapter, device="cpu")
         weights = PrefixPlusModel._remap_adapter_state_dict_for_load(adapted, config, "default", weights)
-    # not by PEFT's own loading, which brings the weights to the base model's device: there they would be lost
+    # PEFT's own loading would move the weights to the base model's meta device, where they would be lost
     adapted.load_state_dict(weights, strict=False, assign=True)
     return adapted.eval()
 
@@ -299,7 +342,10 @@ def model_on_meta_device(name: str | None) -> Any:
     Build a model without weights.
 
     Args:
-        name (`str`, *optional*): A directory or a name on the Hub, whose config.json is read; `None` means Llama-2-7B.
+        name (`str`, *optional*): A directory or a name on the Hub, whose config.json is read; `None` means the shape of Llama-2-7B.
+
+    Raises:
+        CommandError: If the configuration cannot be loaded, or no model can be built from it.
     """
     config: Any
     if name is None:

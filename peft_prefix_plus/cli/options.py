@@ -1,8 +1,9 @@
-"""Command-line options made from the fields of dataclasses, so that no option is written down a second time.
+"""
+Command-line options made from the fields of dataclasses, so that each option is defined once.
 
-A field's name, type, default and `metadata["help"]` become an option's; with `metadata["is_argument"]`, those of an argument,
-which is given without its name; `metadata["aliases"]` are other names that it answers to. With `metadata["is_repeatable"]`, a
-list's items are given one by one. The command then gets one instance per dataclass.
+An option gets its name, type and default from a field, and its help from `metadata["help"]`. `metadata["aliases"]` are further names. With
+`metadata["is_argument"]` it is a positional argument, and with `metadata["is_repeatable"]` each use adds one item to a list. The command
+receives one instance of each dataclass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONFIG_FILE = "config_file"
 Function = TypeVar("Function", bound=Callable[..., None])
 
 NAMES = re.compile(r"[\w.]+(,[\w.]+)*")
-"""One or several names, as opposed to a regular expression."""
+"""Matches one or several names, but no other regular expression."""
 
 
 def command(
@@ -39,15 +40,18 @@ def command(
     has_config_file: bool = False,
 ) -> Callable[[Function], Function]:
     """
-    Register a function as a command of the app whose options are the fields of dataclasses.
+    Return a decorator that makes a function a command of the app. The fields of dataclasses become its options.
 
     Args:
         app (`typer.Typer`): The app.
         groups (`dict[str, type]`):
-            The dataclasses, by the title above their options in the help. The function is called with one instance of
-            each, in this order.
-        inherited (`Sequence[type]`): Base classes of theirs whose fields are not to become options.
-        has_config_file (`bool`, defaults to `False`): Offer `--config`, a YAML file with values for the options.
+            The dataclasses, by the title of their options in the help. The function is called with one instance of each, in
+            this order.
+        inherited (`Sequence[type]`): Base classes of the dataclasses whose fields do not become options.
+        has_config_file (`bool`, defaults to `False`): Whether to offer `--config`, a YAML file with values for the options.
+
+    Returns:
+        `Callable`: The decorator. It returns the function unchanged.
     """
     members = {title: _own_fields(group, inherited) for title, group in groups.items()}
     aliases = {
@@ -87,7 +91,7 @@ def _own_fields(group: type[Any], inherited: Sequence[type[Any]]) -> list[datacl
 
 
 def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str) -> inspect.Parameter:
-    """Return the parameter that makes typer offer a dataclass's field as an option (or argument), in the help under a title."""
+    """Return a parameter from which typer makes an option (or argument) for a dataclass's field, under a title in the help."""
     allowed = _alternatives(typing.get_type_hints(group)[field.name])
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     name = f"--{field.name.replace('_', '-')}"
@@ -117,13 +121,13 @@ def option_parameter(group: type[Any], field: dataclasses.Field[Any], title: str
 
 
 def _option_name(name: str, aliases: Mapping[str, str]) -> str:
-    """Return an option's own name, without its dashes, from a name that it may be called by: with underscores, or an alias."""
+    """Return an option's own name, without leading dashes, from any of its spellings: with underscores, or an alias."""
     name = name.replace("_", "-")
     return aliases.get(name, name)
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help needs no wide terminal: a name that is too long for its column has a line for itself."""
+    """A command whose help fits a narrow terminal: a name that is too long for its column gets its own line."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the usage, the description and the options under their titles."""
@@ -141,7 +145,7 @@ class PlainCommand(TyperCommand):
 
 
 def config_file_parameter(aliases: Mapping[str, str]) -> inspect.Parameter:
-    """Return the parameter that makes typer offer a YAML file with the options' values, which those on the command line replace."""
+    """Return a parameter from which typer makes `--config`, a YAML file with values for the options."""
 
     def use(context: typer.Context, path: Path | None) -> None:
         if path is not None:
@@ -150,7 +154,7 @@ def config_file_parameter(aliases: Mapping[str, str]) -> inspect.Parameter:
                 **_read_config(path, context.command.params, aliases),
             }
 
-    help_text = "A YAML file with values for the options below; the command line's count before its."
+    help_text = "A YAML file with values for the options below. Options on the command line override it."
     option = typer.Option("--config", help=help_text, callback=use, is_eager=True, expose_value=False)
     return inspect.Parameter(
         CONFIG_FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option]
@@ -162,7 +166,7 @@ def _read_config(path: Path, parameters: Sequence[Any], aliases: Mapping[str, st
     Read the options' values from a YAML file.
 
     Raises:
-        CommandError: If it cannot be read, is no mapping, or names what is no option.
+        CommandError: If it cannot be read, is not a mapping, or has an unknown option.
     """
     with shown_as_command_error(OSError, UnicodeDecodeError, yaml.YAMLError, while_doing=f"Cannot read {path}"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -174,15 +178,17 @@ def _read_config(path: Path, parameters: Sequence[Any], aliases: Mapping[str, st
         name = _option_name(key, aliases).replace("-", "_")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise CommandError(f"{path}: {key!r} is no option{f'; did you mean {close[0]!r}?' if close else ''}.")
+            raise CommandError(
+                f"{path}: {key!r} is not an option{f'; did you mean {close[0]!r}?' if close else '. See --help'}."
+            )
         if name in values:
-            raise CommandError(f"{path}: {key!r} gives the option --{name.replace('_', '-')} a second time.")
+            raise CommandError(f"{path}: {key!r} gives the option --{name.replace('_', '-')} a second time. Keep one.")
         values[name] = _config_value(f"{path}: {key!r}", value)
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _config_value(place: str, value: Any) -> Any:
-    """Return a value as the command line has it, so that it is read and checked in the same way."""
+    """Return a value as text of the command line, so that it is parsed and checked in the same way."""
     if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
         return ",".join(map(str, value))
     if value is None or isinstance(value, bool):
@@ -193,7 +199,7 @@ def _config_value(place: str, value: Any) -> Any:
 
 
 def _alternatives(annotation: Any) -> set[Any]:
-    """Return the types that an annotation allows, without `None`, and the values that stand in a `Literal`."""
+    """Return the types that an annotation allows, without `None`, and the values of a `Literal`."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return set().union(*map(_alternatives, typing.get_args(annotation))) - {type(None)}
     return set(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else {annotation}
@@ -208,10 +214,16 @@ def _describe(kind: Any) -> str:
 
 def value_parser(allowed: set[Any]) -> Callable[[str], Any]:
     """
-    Return a function that reads an option's text as one of several types.
+    Return a function that parses an option's text as one of several types.
 
-    Lists are written with commas. Where a string and a list of strings are both allowed, as for `target_modules`, names
-    are a list and everything else is a string, a regular expression.
+    Commas separate the items of a list. If a string and a list of strings are both allowed, as for `target_modules`, names are parsed as
+    a list, and anything else as a string: a regular expression.
+
+    Args:
+        allowed (`set`): The types, and the values of a `Literal`.
+
+    Returns:
+        `Callable[[str], Any]`: The function.
     """
 
     def parse(text: str) -> Any:

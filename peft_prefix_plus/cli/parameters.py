@@ -1,4 +1,4 @@
-"""`prefix-plus params`: how many parameters every reparameterization trains, counted on the model itself."""
+"""`prefix-plus params`: count the parameters that every reparameterization trains, on the model itself."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .loading import model_on_meta_device
 
 @dataclass(kw_only=True)
 class CountingSettings:
-    """For which model and which sizes of the prefix to count. The fields' help texts say the rest."""
+    """The options of `prefix-plus params`; the help texts describe them."""
 
     model: str | None = field(
-        default=None, metadata={"help": "A model's directory or name on the Hub; without it, Llama-2-7B's shape."}
+        default=None, metadata={"help": "A model's directory or name on the Hub. Default: the shape of Llama-2-7B."}
     )
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
     encoder_dim: int = field(default=64, metadata={"help": "Width of the learned input of the reparameterization."})
     encoder_hidden_size: int | None = field(
-        default=None, metadata={"help": "Hidden width of the MLP; without it, encoder-dim."}
+        default=None, metadata={"help": "Hidden width of the MLP. Default: encoder-dim."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
-        metadata={"help": "Layers to prefix; without it all, negative numbers count from the last layer."},
+        metadata={"help": "Layers to prefix. Default: all. Negative numbers count from the last layer."},
     )
     markdown: bool = field(default=False, metadata={"help": "Print a Markdown table."})
 
 
 class Count(NamedTuple):
-    """The parameters of one combination; `sharing` is empty where there is nothing to share."""
+    """The numbers of parameters of one combination; `sharing` is empty if there is nothing to share."""
 
     reparameterization: str
     sharing: str
@@ -49,7 +49,7 @@ def params(settings: CountingSettings) -> None:
     Print the table of trainable parameters.
 
     Args:
-        settings (`CountingSettings`): For which model and which sizes of the prefix.
+        settings (`CountingSettings`): The options.
 
     Raises:
         CommandError: If the model's configuration cannot be loaded, or the sizes do not fit it.
@@ -78,9 +78,9 @@ def markdown_lines(counts: list[Count]) -> Iterator[str]:
 
 
 def count_all(settings: CountingSettings) -> Iterator[Count]:
-    """Wrap the model with every combination of reparameterization and sharing, and yield what it then trains."""
+    """Adapt the model with every combination of reparameterization and sharing, and yield the counts."""
     model = model_on_meta_device(settings.model)
-    reparameterization: Any  # one that another package has registered is no name that the types know
+    reparameterization: Any  # another package may have registered one, which the types do not know
     for reparameterization, encoder in ENCODERS.items():
         for sharing in SHARINGS if encoder.shares_parts else SHARINGS[:1]:
             with shown_as_command_error(ValueError, TypeError):
@@ -92,8 +92,8 @@ def count_all(settings: CountingSettings) -> Iterator[Count]:
                     encoder_hidden_size=settings.encoder_hidden_size if encoder.has_hidden_layer else None,
                     layers_to_transform=settings.layers_to_transform,
                     sharing=sharing,
-                    prefix_scaling=1.0,  # without weights there is nothing to measure,
-                    init_weights="random",  # neither for the scale nor for the start
+                    prefix_scaling=1.0,  # without weights nothing can be measured,
+                    init_weights="random",  # neither the scale nor the start
                 )
                 adapted = get_peft_model(model, config)
             trainable, total = adapted.get_nb_trainable_parameters()

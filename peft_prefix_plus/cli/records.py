@@ -1,4 +1,4 @@
-"""Records of training and evaluation data: what a row means, and what becomes of it before the model sees it."""
+"""Records of training and evaluation data: from rows of a file to token ids and batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..config import shortened
+from ..training.padding import IGNORED_LABEL, padded, padding_id
 from ..training.self_study import Template
 from .errors import CommandError, shown_as_command_error
-from .rows import Row, read_rows, shorten
-
-
-IGNORED_LABEL = -100
+from .rows import Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Record:
     A prompt and its completion, or a text. The loss is on the completion.
 
     Attributes:
-        prompt (`str`): What the model is given; empty for a text record.
-        completion (`str`): What it is to write; a text record's text.
+        prompt (`str`): The prompt; empty if the record is a text.
+        completion (`str`): The completion to learn, or the text.
     """
 
     prompt: str
@@ -36,12 +35,12 @@ class Record:
 @dataclass(frozen=True)
 class Chat:
     """
-    A conversation. The loss is on what the assistant says.
+    A conversation. The loss is on the assistant's messages.
 
     Attributes:
-        messages (`list[dict]`): The messages, each with "role" and what else the chat template knows.
-        tools (`list[dict]`, *optional*): The tools that the assistant is told of.
-        place (`str`): Where it is, for errors.
+        messages (`list[dict]`): The messages, each with a "role" and further keys for the chat template.
+        tools (`list[dict]`, *optional*): The tools, for the chat template.
+        place (`str`): Where the conversation is, for errors.
     """
 
     messages: list[dict[str, Any]]
@@ -62,7 +61,7 @@ FORMS = {
     "SEQ_2_SEQ_LM": "the keys 'prompt' and 'completion'",
     "SEQ_CLS": "the keys 'text' and 'label'",
 }
-"""What a row must have, by the task."""
+"""The keys that a row must have, by task."""
 
 
 def read_records(
@@ -72,8 +71,8 @@ def read_records(
     Read the records in a file, a folder or a data set on the Hub.
 
     Args:
-        source (`str` or `Path`): What [`read_rows`] takes.
-        task_type (`str`, defaults to `"CAUSAL_LM"`): The task, one of `FORMS`, which says what a row must have.
+        source (`str` or `Path`): A source of [`read_rows`].
+        task_type (`str`, defaults to `"CAUSAL_LM"`): The task, a key of `FORMS`, which determines the keys of a row.
         split (`str`, defaults to `"train"`): The split, if the source has several.
         name (`str`, *optional*): The configuration of a data set that has several.
 
@@ -93,6 +92,9 @@ def read_prompts(path: Path) -> list[str]:
     Args:
         path (`Path`): The file.
 
+    Returns:
+        `list[str]`: The prompts.
+
     Raises:
         CommandError: If the file cannot be read, is empty, or has a row of another form.
     """
@@ -101,13 +103,16 @@ def read_prompts(path: Path) -> list[str]:
 
 def read_conversations(path: Path) -> list[str | tuple[str, str]]:
     """
-    Read the string "prompt" of every line of a JSON-lines file, with the string "completion" of those that have one.
+    Read the string "prompt" of every row of a file, and the string "completion" if the row has one.
 
     Args:
         path (`Path`): The file.
 
+    Returns:
+        `list[str | tuple[str, str]]`: Prompts, and pairs of prompt and completion.
+
     Raises:
-        CommandError: If the file cannot be read, is empty, or has a line of another form.
+        CommandError: If the file cannot be read, is empty, or has a row of another form.
     """
     return [_as_conversation(row) for row in read_rows(path)]
 
@@ -123,13 +128,16 @@ def _as_conversation(row: Row) -> str | tuple[str, str]:
 
 def read_templates(path: Path) -> list[Template]:
     """
-    Read the templates of self-study from a JSON-lines file: the strings "kind" and "prompt", and true or false as "asks" and "recites".
+    Read templates of self-study from a file. A row has the strings "kind" and "prompt", and optionally the booleans "asks" and "recites".
 
     Args:
         path (`Path`): The file.
 
+    Returns:
+        `list[Template]`: The templates.
+
     Raises:
-        CommandError: If the file cannot be read, is empty, or has a line of another form.
+        CommandError: If the file cannot be read, is empty, or has a row of another form.
     """
     templates = []
     for row in read_rows(path):
@@ -140,10 +148,17 @@ def read_templates(path: Path) -> list[Template]:
 
 def as_record(row: Row, task_type: str = "CAUSAL_LM") -> Record | Chat | LabelledText:
     """
-    Return what a row means for a task.
+    Turn a row into a record of a task.
+
+    Args:
+        row (`Row`): The row.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): The task, a key of `FORMS`.
+
+    Returns:
+        `Record`, `Chat` or `LabelledText`: The record.
 
     Raises:
-        CommandError: If the row is not of a form that the task takes.
+        CommandError: If the row does not have the keys that the task needs, or a value is wrong.
     """
     has_pair = "prompt" in row.fields and "completion" in row.fields
     if task_type == "SEQ_CLS":
@@ -167,7 +182,9 @@ def as_record(row: Row, task_type: str = "CAUSAL_LM") -> Record | Chat | Labelle
 def _filled(row: Row, key: str) -> str:
     text = _string(row, key)
     if not text:
-        raise CommandError(f"{row.place}: the {key} is empty, so there is nothing to learn.")
+        raise CommandError(
+            f"{row.place}: {key!r} is empty, so there is nothing to learn. Fill it in, or remove the row."
+        )
     return text
 
 
@@ -175,7 +192,7 @@ def _label(row: Row) -> str:
     label = row.fields["label"]
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise CommandError(
-            f"{row.place}: 'label' must be the name or the number of a class, found {shorten(repr(label))}."
+            f"{row.place}: 'label' must be the name or the number of a class, found {shortened(repr(label))}."
         )
     return str(label)
 
@@ -186,17 +203,19 @@ def _chat(row: Row) -> Chat:
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
         raise CommandError(
-            f"{row.place}: 'messages' must be a list of objects with a 'role', found {shorten(repr(messages))}."
+            f"{row.place}: 'messages' must be a list of objects with a 'role', found {shortened(repr(messages))}."
         )
-    # a table gives every message all keys that any has
+    # a table gives all messages the same keys, and fills in None
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in messages:
         if isinstance(message.get("content"), str):
             check_text(f"{row.place}: 'content'", message["content"])
         elif message["role"] != "assistant" and "content" not in message:
-            raise CommandError(f"{row.place}: a message of the role {message['role']!r} has no 'content'.")
+            raise CommandError(f"{row.place}: a message with the role {message['role']!r} has no 'content'. Add it.")
     if not any(message["role"] == "assistant" for message in messages):
-        raise CommandError(f"{row.place}: no message is of the role 'assistant', so there is nothing to learn.")
+        raise CommandError(
+            f"{row.place}: no message has the role 'assistant', so there is nothing to learn. Add one, or remove the row."
+        )
     return Chat(messages, tools or None, row.place)
 
 
@@ -207,42 +226,44 @@ def _string(row: Row, key: str) -> str:
         )
     value = row.fields[key]
     if not isinstance(value, str):
-        raise CommandError(f"{row.place}: {key!r} must be a string, found {shorten(json.dumps(value, default=str))}.")
+        raise CommandError(
+            f"{row.place}: {key!r} must be a string, found {shortened(json.dumps(value, default=str))}."
+        )
     return check_text(f"{row.place}: {key!r}", value)
 
 
 def check_text(name: str, text: str) -> str:
     """
-    Return a text that a tokenizer can read.
+    Return a text unchanged if a tokenizer can read it.
 
     Args:
-        name (`str`): What to call it in an error.
+        name (`str`): Its name in an error.
         text (`str`): The text.
 
     Raises:
-        CommandError: If it has half of a surrogate pair, which stands for no character.
+        CommandError: If it has half of a surrogate pair, which is not a character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise CommandError(
-            f"{name} has a lone surrogate, {text[error.start]!a} at character {error.start}, which is no character. "
-            "Write the text in UTF-8, or both halves of the pair."
+            f"{name} has a lone surrogate, {text[error.start]!a} at character {error.start}, which is not a character. "
+            "Write the text in UTF-8, or write both halves of the pair."
         ) from error
     return text
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> None:
     """
-    Check that a model has all tokens that a tokenizer gives.
+    Raise unless all tokens of some texts are in a model's vocabulary.
 
     Args:
-        model: The model.
+        model (`PreTrainedModel` or `PeftModel`): The model.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        token_ids (`Sequence[Sequence[int]]`): What it made of the texts.
+        token_ids (`Sequence[Sequence[int]]`): The tokens of each text.
 
     Raises:
-        CommandError: If the tokenizer is another model's.
+        CommandError: If one is not.
     """
     size = model.get_input_embeddings().num_embeddings
     largest = max([padding_id(tokenizer), *(token for tokens in token_ids for token in tokens)])
@@ -259,13 +280,13 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, token_ids: 
 @dataclass(frozen=True)
 class EncodedRecord:
     """
-    A record as numbers.
+    A record as token ids.
 
     Attributes:
-        token_ids (`list[int]`): What the model reads.
+        token_ids (`list[int]`): The model's input.
         labels (`list[int]`):
-            For a causal language model the same tokens, with `IGNORED_LABEL` where there is no loss; for an encoder-decoder what the
-            decoder is to write; for a classifier the number of the class.
+            For a causal language model, the same tokens, with `IGNORED_LABEL` where there is no loss. For an encoder-decoder, the tokens
+            that the decoder learns. For a classifier, the number of the class.
     """
 
     token_ids: list[int]
@@ -273,12 +294,12 @@ class EncodedRecord:
 
     @classmethod
     def after_prompt(cls, prompt: list[int], completion: list[int]) -> EncodedRecord:
-        """Return the record in which a causal language model has the loss on the completion."""
+        """Return a record for a causal language model with the loss on the completion."""
         return cls(prompt + completion, [IGNORED_LABEL] * len(prompt) + completion)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """The number of tokens before the first with a loss."""
+        """The number of tokens before the first one with a loss."""
         has_loss = (index for index, label in enumerate(self.labels) if label != IGNORED_LABEL)
         return next(has_loss, len(self.labels))
 
@@ -291,13 +312,16 @@ def encode(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int |
         record (`Record`): The record.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
         max_length (`int`, *optional*): The most tokens. A longer prompt loses its start, a longer completion its end.
+
+    Returns:
+        `EncodedRecord`: The token ids.
     """
     prompt = prompt_ids(record.prompt, tokenizer)
     together = list(tokenizer(record.prompt + record.completion)["input_ids"])
     end = tokenizer.eos_token_id
     if together[-1:] == [end]:
         together.pop()
-    # Where a token spans the border, the prompt alone must stay what it is when there is only the prompt.
+    # If a token spans the border, the prompt keeps the tokens that it has in generation.
     separate = list(tokenizer(record.completion, add_special_tokens=False)["input_ids"])
     completion = together[len(prompt) :] if together[: len(prompt)] == prompt else separate
     completion += [] if end is None else [end]
@@ -311,12 +335,15 @@ def encode_for_decoder(
     record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> EncodedRecord:
     """
-    Turn a record into what an encoder reads and what the decoder is to write, each with the tokenizer's special tokens.
+    Turn a record into the encoder's input and the decoder's labels, each with the tokenizer's special tokens.
 
     Args:
         record (`Record`): The record.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        max_length (`int`, *optional*): The most tokens of each. Both lose their end, but for the end-of-text token.
+        max_length (`int`, *optional*): The most tokens of each. Longer ones lose their end, but keep the end-of-text token.
+
+    Returns:
+        `EncodedRecord`: The token ids.
     """
     options = {} if max_length is None else {"truncation": True, "max_length": max_length}
     labels = list(tokenizer(text_target=record.completion, **options)["input_ids"])
@@ -327,21 +354,20 @@ def encode_for_decoder(
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return a prompt's token ids, without an end-of-text token that the tokenizer may add."""
+    """Return a prompt's token ids, without the end-of-text token that some tokenizers add."""
     token_ids = list(tokenizer(prompt)["input_ids"])
     is_start = len(token_ids) == 1 and tokenizer.bos_token_id == tokenizer.eos_token_id
     return token_ids[:-1] if token_ids[-1:] == [tokenizer.eos_token_id] and not is_start else token_ids
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with. What it is does not matter: no real token sees it and it has no loss."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in candidates if token is not None))
-
-
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of encoded records, padded on the right."""
+    """
+    Makes a batch of encoded records, padded on the right.
+
+    Args:
+        padding (`int`): The token to pad with.
+    """
 
     padding: int
 
@@ -349,12 +375,7 @@ class Collator:
         """Return `input_ids` and `attention_mask` of shape (batch, tokens), and `labels` of shape (batch, labels)."""
         tokens = [record.token_ids for record in records]
         return {
-            "input_ids": _padded(tokens, self.padding),
-            "attention_mask": _padded([[1] * len(row) for row in tokens], 0),
-            "labels": _padded([record.labels for record in records], IGNORED_LABEL),
+            "input_ids": padded(tokens, self.padding),
+            "attention_mask": padded([[1] * len(row) for row in tokens], 0),
+            "labels": padded([record.labels for record in records], IGNORED_LABEL),
         }
-
-
-def _padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [filler] * (length - len(row)) for row in rows], dtype=torch.long)

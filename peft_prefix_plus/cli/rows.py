@@ -1,4 +1,4 @@
-"""Rows of data, as dictionaries: from JSON-lines files, and through `datasets` from CSV and Parquet files, folders and the Hub."""
+"""Reading rows of data as dictionaries: from JSON-lines files, and with `datasets` from CSV and Parquet files, folders and the Hub."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config import shortened
 from .errors import CommandError, shown_as_command_error
 
 
 class Row(NamedTuple):
-    """A row, and the words that say where it is."""
+    """
+    A row of data.
+
+    Attributes:
+        place (`str`): Where it is, for errors.
+        fields (`dict[str, Any]`): Its fields by name.
+    """
 
     place: str
     fields: dict[str, Any]
 
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
-"""The files that `datasets` reads, by their endings. Any other file has JSON lines."""
+"""The formats that `datasets` reads, by the file's ending. Any other file is read as JSON lines."""
 
 
 def read_rows(source: str | Path, split: str = "train", name: str | None = None) -> list[Row]:
@@ -26,8 +33,11 @@ def read_rows(source: str | Path, split: str = "train", name: str | None = None)
 
     Args:
         source (`str` or `Path`): A JSON-lines, CSV or Parquet file, a folder that `datasets` can load, or a name on the Hub.
-        split (`str`, defaults to `"train"`): The split, if the source is no file; a file has one.
+        split (`str`, defaults to `"train"`): The split of a folder or data set. A file has only one.
         name (`str`, *optional*): The configuration of a data set that has several.
+
+    Returns:
+        `list[Row]`: The rows.
 
     Raises:
         CommandError: If the source cannot be read, or has no rows.
@@ -42,13 +52,13 @@ def read_rows(source: str | Path, split: str = "train", name: str | None = None)
 
 
 def has_one_split(source: str | Path) -> bool:
-    """Tell whether a source is a file, as opposed to a folder or a name on the Hub."""
+    """Return whether a source is a file, rather than a folder or a name on the Hub."""
     path = Path(source)
     return path.is_file() or (not path.is_dir() and not _is_hub_name(str(source)))
 
 
 def _is_hub_name(source: str) -> bool:
-    """Tell whether a text can be NAME or OWNER/NAME; what ends like a file of data is meant as one."""
+    """Return whether a text can be NAME or OWNER/NAME. With the ending of a data file it is a path."""
     parts = source.split("/")
     is_file_name = Path(source).suffix.lower() in (*TABLES, ".json", ".jsonl", ".txt")
     return len(parts) <= 2 and all(parts) and parts[0] not in (".", "..", "~") and not is_file_name
@@ -59,8 +69,8 @@ def _load(place: str, *arguments: str, **options: Any) -> list[Row]:
         import datasets
     except ImportError as error:
         raise CommandError(
-            f"Reading {place} needs the package datasets, which is not installed. Install it by: "
-            'pip install "peft-prefix-plus[cli]", or give a JSON-lines file.'
+            f"Reading {place} needs the package datasets. Install with: "
+            'pip install "peft-prefix-plus[cli]". Or give a JSON-lines file.'
         ) from error
     with shown_as_command_error(Exception, while_doing=f"Cannot read {place}"):
         dataset = datasets.load_dataset(*arguments, **options)
@@ -81,10 +91,7 @@ def _load(place: str, *arguments: str, **options: Any) -> list[Row]:
 
 def _read_lines(path: Path) -> list[Row]:
     """Return the objects in a JSON-lines file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"Cannot read {path}: {error}") from error
+    text = read_text(path)
     found = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -94,18 +101,24 @@ def _read_lines(path: Path) -> list[Row]:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise CommandError(
-                f"{place}: expected one JSON object per line, found {shorten(line)} ({error.msg}, column {error.colno})."
+                f"{place}: expected one JSON object per line, found {shortened(line)} ({error.msg}, column {error.colno})."
             ) from error
         except (RecursionError, ValueError) as error:  # nested too deep, or numbers of thousands of digits
-            raise CommandError(f"{place}: cannot read {shorten(line)}: {error}.") from error
+            raise CommandError(f"{place}: cannot read {shortened(line)}: {error}.") from error
         if not isinstance(fields, dict):
-            raise CommandError(f"{place}: expected a JSON object, found {shorten(line)}.")
+            raise CommandError(f"{place}: expected a JSON object, found {shortened(line)}.")
         found.append(Row(place, fields))
     if not found:
         raise CommandError(f"{path} is empty: expected one JSON object per line.")
     return found
 
 
-def shorten(text: str, limit: int = 60) -> str:
-    """Cut a text that is to be shown in an error."""
-    return text if len(text) <= limit else f"{text[:limit]}…"
+def read_text(path: Path) -> str:
+    """
+    Return the text of a file.
+
+    Raises:
+        CommandError: If it cannot be read, or is not UTF-8.
+    """
+    with shown_as_command_error(OSError, UnicodeDecodeError, while_doing=f"Cannot read {path}"):
+        return path.read_text(encoding="utf-8-sig")

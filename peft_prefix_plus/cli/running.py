@@ -1,4 +1,4 @@
-"""`prefix-plus run`: another Python program, in this process, in which PEFT knows the method."""
+"""`prefix-plus run`: run another Python program in this process, where PEFT knows the method."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def run_program(program: str, arguments: Sequence[str], is_module: bool = False)
     Args:
         program (`str`): A Python file or folder, or the name of a command that a Python package installs.
         arguments (`Sequence[str]`): Its arguments.
-        is_module (`bool`, defaults to `False`): The program is a module's name, as after `python -m`.
+        is_module (`bool`, defaults to `False`): Whether the program is the name of a module, as after `python -m`.
 
     Raises:
         CommandError: If there is no such program.
-        SystemExit: When it ends.
+        SystemExit: When the program ends.
     """
     before = sys.argv, list(sys.path)
     try:
@@ -39,7 +39,7 @@ def run_program(program: str, arguments: Sequence[str], is_module: bool = False)
 
 
 def _end_with(start: Callable[[], Any]) -> None:
-    """Exit as Python does when a program has run."""
+    """Run a program, and exit as Python does."""
     try:
         sys.exit(start())
     except Exception:  # noqa: BLE001 (as at the end of any Python program, not as an error of this command)
@@ -55,7 +55,7 @@ def _module(name: str) -> Callable[[], Any]:
     with shown_as_command_error(ImportError, ValueError, while_doing=f"Cannot run the module {name!r}"):
         found = importlib.util.find_spec(name)
     if found is None:
-        raise CommandError(f"Cannot run the module {name!r}: there is none of this name.")
+        raise CommandError(f"Cannot run the module {name!r}: it is not installed. Install it, or correct the name.")
 
     def start() -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -64,7 +64,7 @@ def _module(name: str) -> Callable[[], Any]:
 
 
 def _file(program: str) -> Callable[[], Any] | None:
-    """Return what runs a file, or a folder with a `__main__.py`; `None` if there is none."""
+    """Return a function that runs a file, or a folder with a `__main__.py`; `None` if the path does not exist."""
     path = Path(program)
     if not path.exists():
         return None
@@ -83,8 +83,10 @@ def _command(name: str) -> Callable[[], Any]:
     if commands:
         return lambda: commands[0].load()()
     other = shutil.which(name)
-    reason = f"{other} is no command of a Python package in this environment" if other else "there is none"
+    reason = (
+        f"{other} is not a command of a Python package in this environment" if other else "there is no such command"
+    )
     raise CommandError(
         f"Cannot run {name!r}: expected a Python file, or a command of an installed Python package; {reason}. "
-        "A module is run by: prefix-plus run -m MODULE"
+        "To run a module: prefix-plus run -m MODULE"
     )

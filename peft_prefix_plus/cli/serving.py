@@ -1,4 +1,4 @@
-"""`prefix-plus serve`: an OpenAI-compatible server of a model and its adapters."""
+"""`prefix-plus serve`: serve a model and its adapters with an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import torch
 
 from .errors import CommandError, check_numbers, shown_as_command_error
-from .loading import Source, check_dtype, load_model, load_tokenizer, num_positions
+from .loading import DTYPE_HELP, TRUST_HELP, Source, check_dtype, load_model, load_tokenizer, num_positions
 from .records import prompt_ids
 
 
 @dataclass(kw_only=True)
 class ServingSettings:
-    """What to serve, where. The fields' help texts say the rest."""
+    """The options of `prefix-plus serve` for both engines; the help texts describe them."""
 
     model: str = field(metadata={"help": "The base model: a directory or a name on the Hub."})
     adapter: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NAME=PATH: an adapter, and the name by which clients ask for it. May be repeated.",
+            "help": "NAME=PATH: an adapter, a directory or a name on the Hub, and its name for clients. Repeatable.",
             "is_repeatable": True,
         },
     )
     engine: str = field(
-        default="vllm", metadata={"help": "What computes: vllm, or transformers, which takes every form of adapter."}
+        default="vllm", metadata={"help": "The engine: vllm, or transformers, which serves every form of adapter."}
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "The address to listen at."})
-    port: int = field(default=8000, metadata={"help": "The port to listen at."})
+    host: str = field(default="127.0.0.1", metadata={"help": "The address to listen on."})
+    port: int = field(default=8000, metadata={"help": "The port to listen on."})
     may_load: bool = field(
         default=False,
         metadata={"help": "Let clients load adapters from any path, and unload them, while the server runs."},
@@ -38,7 +38,7 @@ class ServingSettings:
     arguments: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "After --: further arguments of vLLM's server.",
+            "help": "Further arguments for vLLM's server, after --.",
             "is_argument": True,
             "is_repeatable": True,
         },
@@ -51,29 +51,23 @@ class ServingSettings:
         named_adapters(self.adapter)
         if self.engine != "vllm" and self.arguments:
             raise ValueError(
-                f"The engine {self.engine} takes no arguments after --, got {self.arguments[0]!r}. It has options: see --help."
+                f"The engine {self.engine} takes no arguments after --, got {self.arguments[0]!r}. Use its options instead; see --help."
             )
 
 
 @dataclass(kw_only=True)
 class TransformersSettings:
-    """How transformers computes. The fields' help texts say the rest."""
+    """The options of the engine transformers; the help texts describe them."""
 
-    max_batch_size: int = field(default=8, metadata={"help": "The most prompts that are computed together."})
+    max_batch_size: int = field(default=8, metadata={"help": "The most prompts in a batch."})
     max_model_len: int | None = field(
         default=None,
-        metadata={
-            "help": "The most tokens of a prompt and its answer. Without it, as many as the model has positions."
-        },
+        metadata={"help": "The most tokens of a prompt and its answer. Default: the model's positions."},
     )
-    api_key: str | None = field(default=None, metadata={"help": "The key that clients must give."})
-    dtype: str = field(
-        default="auto", metadata={"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "The base model's version on the Hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that lies beside the base model's weights."}
-    )
+    api_key: str | None = field(default=None, metadata={"help": "The key that clients must send."})
+    dtype: str = field(default="auto", metadata=DTYPE_HELP)
+    revision: str | None = field(default=None, metadata={"help": "The base model's branch, tag or commit on the Hub."})
+    trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -81,15 +75,21 @@ class TransformersSettings:
         if self.max_model_len is not None:
             check_numbers(self, 2, "max_model_len")
         if self.api_key == "":
-            raise ValueError("`api_key` is empty. Leave it out, or give a key.")
+            raise ValueError("`api_key` is empty. Give a key, or leave it out.")
 
 
 def named_adapters(adapters: list[str]) -> dict[str, str]:
     """
-    Return paths by name, of adapters given as NAME=PATH.
+    Parse adapters of the form NAME=PATH.
+
+    Args:
+        adapters (`list[str]`): The adapters.
+
+    Returns:
+        `dict[str, str]`: The paths by name.
 
     Raises:
-        ValueError: If one is not, or a name is there twice.
+        ValueError: If one has another form, or a name occurs twice.
     """
     named: dict[str, str] = {}
     for adapter in adapters:
@@ -97,7 +97,7 @@ def named_adapters(adapters: list[str]) -> dict[str, str]:
         if not (name and separator and path):
             raise ValueError(f"`adapter` must be NAME=PATH, got {adapter!r}.")
         if name in named:
-            raise ValueError(f"`adapter` names {name!r} twice: {named[name]} and {path}.")
+            raise ValueError(f"`adapter` has the name {name!r} twice, for {named[name]} and {path}. Rename one.")
         named[name] = path
     return named
 
@@ -107,12 +107,12 @@ def serve(settings: ServingSettings, transformers_settings: TransformersSettings
     Serve until the server stops.
 
     Args:
-        settings (`ServingSettings`): What to serve, where.
-        transformers_settings (`TransformersSettings`): How the engine transformers computes.
+        settings (`ServingSettings`): The options of both engines.
+        transformers_settings (`TransformersSettings`): The options of the engine transformers.
 
     Raises:
-        CommandError: If something cannot be served.
-        SystemExit: With the server's status, if it is not 0.
+        CommandError: If the model or an adapter cannot be served, or an option belongs to the other engine.
+        SystemExit: With the server's exit status, if it is not 0.
     """
     if settings.engine != "transformers":
         _require_defaults(transformers_settings)
@@ -125,8 +125,8 @@ def _require_defaults(settings: TransformersSettings) -> None:
     for each in fields(settings):
         if getattr(settings, each.name) != each.default:
             raise CommandError(
-                f"--{each.name.replace('_', '-')} is an option of --engine transformers. What vLLM takes is given after --; "
-                "see the arguments of vLLM's server."
+                f"--{each.name.replace('_', '-')} is an option of --engine transformers. Give the arguments of vLLM's "
+                "server after --."
             )
 
 
@@ -171,18 +171,18 @@ def _serve_by_transformers(settings: ServingSettings, engine: TransformersSettin
 
 def _max_model_len(model: Any, wanted: int | None) -> int | None:
     """
-    Return the most tokens that a text may have: those wanted, or as many as the model was made for.
+    Return the most tokens of a text: the number wanted, or else the model's positions.
 
     Raises:
-        CommandError: If the model has less.
+        CommandError: If the model has fewer positions than wanted.
     """
     limit = num_positions(model)
     if wanted is None:
         return getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and wanted > limit:
-        raise CommandError(f"--max-model-len is {wanted}, but the model has {limit} positions. Give at most those.")
+        raise CommandError(f"--max-model-len is {wanted}, but the model has {limit} positions. Give at most {limit}.")
     return wanted
 
 
 ENGINES = {"vllm": _serve_by_vllm, "transformers": _serve_by_transformers}
-"""What serves, by the name of the engine: each returns its server's exit status."""
+"""The function of each engine. It serves, and returns the server's exit status."""

@@ -1,4 +1,4 @@
-"""`prefix-plus train`: teach a frozen model by a prefix, with transformers' Trainer."""
+"""`prefix-plus train`: train a prefix for a frozen model with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from transformers import (
 from ..config import SERVABLE, PrefixPlusConfig
 from ..serving.folding import why_not_served
 from ..training.checkpoints import remove_checkpoints
+from ..training.padding import padding_id
 from .chat import encode_chat
 from .errors import CommandError, shown_as_command_error
 from .loading import load_model, load_tokenizer, num_positions
@@ -38,7 +39,6 @@ from .records import (
     check_vocabulary,
     encode,
     encode_for_decoder,
-    padding_id,
     read_records,
 )
 from .rows import has_one_split
@@ -62,14 +62,14 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
     Train an adapter and save it with its model card and the tokenizer.
 
     Args:
-        settings (`TrainingSettings`): What to train on what, how, and where the adapter goes.
+        settings (`TrainingSettings`): The options.
         config (`PrefixPlusConfig`): The adapter's configuration.
 
     Returns:
         `PeftModel`: The trained model.
 
     Raises:
-        CommandError: If the data, the output directory or a name is not as it must be. Nothing has been written then.
+        CommandError: If the data or the base model cannot be read, or the output directory cannot be used. No training has started then.
     """
     config.task_type = settings.task_type
     if settings.servable:
@@ -118,7 +118,7 @@ def train(settings: TrainingSettings, config: PrefixPlusConfig) -> PeftModel:
 
 
 def training_arguments(settings: TrainingSettings) -> TrainingArguments:
-    """Say in the Trainer's words what the settings say."""
+    """Return the Trainer's arguments for these options."""
     keeps_best = settings.load_best_model_at_end
     by_steps = settings.eval_strategy == "steps"
     eval_steps = settings.eval_steps or settings.logging_steps  # the Trainer's rule
@@ -136,7 +136,7 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
         gradient_accumulation_steps=settings.gradient_accumulation,
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # or it takes no bf16 there
+        use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
         save_strategy="epoch" if keeps_best and not by_steps and settings.save_steps is None else "steps",
         save_steps=save_steps,
         save_total_limit=settings.keep_checkpoints,
@@ -153,13 +153,13 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
 
 
 def callbacks(settings: TrainingSettings, options: dict[str, Any]) -> list[Any]:
-    """Return what the Trainer is to call besides its own."""
+    """Return the callbacks of a training, beside the Trainer's own."""
     patience = settings.early_stopping_patience
     return [OptionsInCheckpoints(options), *([] if patience is None else [EarlyStoppingCallback(patience)])]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the fraction of texts whose likeliest class is theirs."""
+    """Return the fraction of texts whose likeliest class is the right one."""
     predictions, labels = prediction.predictions, np.asarray(prediction.label_ids)
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return {"accuracy": float((logits.argmax(-1) == labels.reshape(-1)).mean())}
@@ -172,6 +172,12 @@ def read_training_data(settings: TrainingSettings) -> tuple[list[Any], list[Any]
     """
     Read the records to train on and those to evaluate on.
 
+    Args:
+        settings (`TrainingSettings`): The options.
+
+    Returns:
+        `tuple`: The training records, and the evaluation records or `None`.
+
     Raises:
         CommandError: If they cannot be read, or there are too few to hold some out.
     """
@@ -183,7 +189,7 @@ def read_training_data(settings: TrainingSettings) -> tuple[list[Any], list[Any]
     if settings.eval_split is not None and fraction is None and has_one_split(settings.data):
         raise CommandError(
             f"--eval-split {settings.eval_split}: {settings.data} is a file, which has no splits. Give a fraction to hold out, "
-            "or a file by --eval-data."
+            "or another file with --eval-data."
         )
     records = read(settings.data, settings.data_split)
     if settings.eval_data is not None:
@@ -195,14 +201,24 @@ def read_training_data(settings: TrainingSettings) -> tuple[list[Any], list[Any]
 
 def held_out(records: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
     """
-    Take records out at random for evaluation, at least one.
+    Hold out random records for evaluation, at least one.
+
+    Args:
+        records (`list`): The records.
+        fraction (`float`): The fraction to hold out.
+        seed (`int`): The random seed.
+
+    Returns:
+        `tuple`: The records to train on, and those to evaluate on.
 
     Raises:
         CommandError: If none would be left to train on.
     """
     number = max(1, round(len(records) * fraction))
     if number >= len(records):
-        raise CommandError(f"--eval-split {fraction}: of {len(records)} records none would be left to train on.")
+        raise CommandError(
+            f"--eval-split {fraction}: of {len(records)} records none would be left to train on. Give a smaller fraction."
+        )
     chosen = set(random.Random(seed).sample(range(len(records)), number))
     return (
         [record for index, record in enumerate(records) if index not in chosen],
@@ -214,8 +230,12 @@ def class_names(records: Sequence[LabelledText], eval_records: Sequence[Labelled
     """
     Return the names of the classes, in the order of their numbers.
 
+    Args:
+        records (`Sequence[LabelledText]`): The training data.
+        eval_records (`Sequence[LabelledText]`, *optional*): The evaluation data.
+
     Raises:
-        CommandError: If there are fewer than two, or the evaluation data have another.
+        CommandError: If there are fewer than two, or the evaluation data have a class that the training data do not have.
     """
     names = {record.label for record in records}
     are_numbers = all(name.isdecimal() for name in names)
@@ -225,12 +245,12 @@ def class_names(records: Sequence[LabelledText], eval_records: Sequence[Labelled
             f"The evaluation data have the class {min(unknown)!r}, which the training data do not have."
         )
     if len(names) < 2:
-        raise CommandError(f"The training data have one class only, {min(names)!r}; expected at least two.")
+        raise CommandError(f"The training data have only the class {min(names)!r}; expected at least two classes.")
     return sorted(names, key=int) if are_numbers else sorted(names)
 
 
 def load_training_tokenizer(settings: TrainingSettings) -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer, with the chat template that the settings give."""
+    """Load the base model's tokenizer, with the chat template of `chat_template_path`."""
     template = None
     if settings.chat_template_path is not None:
         with shown_as_command_error(OSError, UnicodeDecodeError, while_doing="Cannot read --chat-template-path"):
@@ -242,7 +262,7 @@ def load_training_tokenizer(settings: TrainingSettings) -> PreTrainedTokenizerBa
 
 
 def load_base_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, classes: list[str]) -> Any:
-    """Load the model to train a prefix for; a classifier with these classes."""
+    """Load the base model; with classes, as a classifier of these."""
     changes: dict[str, Any] = {}
     if classes:
         changes = {
@@ -252,7 +272,7 @@ def load_base_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
         }
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        changes["pad_token_id"] = padding_id(tokenizer)  # decoders find the last token by it
+        changes["pad_token_id"] = padding_id(tokenizer)  # classifiers of decoders find the last token by it
     return load_model(settings.model, settings.dtype, settings.task_type, settings.source, settings.bits, **changes)
 
 
@@ -266,19 +286,22 @@ def encode_all(
     assistant_only_loss: bool = True,
 ) -> list[EncodedRecord]:
     """
-    Encode the records, and say on stderr how many are longer than what the model gets to see.
+    Encode records, and print on stderr how many are cut.
 
     Args:
         records (`Sequence`): The records.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        max_length (`int`): The most tokens per record, if the model has as many positions.
-        model (`nn.Module`): The model that is to read them.
-        task_type (`str`, defaults to `"CAUSAL_LM"`): What the model is for.
+        max_length (`int`): The most tokens per record. A model with fewer positions lowers it.
+        model (`nn.Module`): The model.
+        task_type (`str`, defaults to `"CAUSAL_LM"`): The model's task.
         classes (`Sequence[str]`): The names of the classes, for a classifier.
-        assistant_only_loss (`bool`, defaults to `True`): Whether the loss in conversations is on what the assistant says.
+        assistant_only_loss (`bool`, defaults to `True`): Whether the loss in conversations is on the assistant's messages only.
+
+    Returns:
+        `list[EncodedRecord]`: The records as token ids.
 
     Raises:
-        CommandError: If the tokenizer is not that of the model.
+        CommandError: If the tokenizer does not fit the model, or a conversation does not fit the chat template.
     """
 
     def encoded_record(record: Any, limit: int | None) -> EncodedRecord:
@@ -303,7 +326,7 @@ def encode_all(
 
 
 def digest(dataset: Sequence[EncodedRecord]) -> str:
-    """Return a hash of the data as the model reads them."""
+    """Return a hash of encoded records."""
     content = hashlib.sha256()
     for record in dataset:
         content.update(json.dumps([record.token_ids, record.labels]).encode())
@@ -315,7 +338,13 @@ def digest(dataset: Sequence[EncodedRecord]) -> str:
 
 def hub_repository(settings: TrainingSettings) -> str | None:
     """
-    Make the repository that the adapter is to go to, if it is to go to one, and return its whole name.
+    Create the repository for the adapter, if it is to be uploaded.
+
+    Args:
+        settings (`TrainingSettings`): The options.
+
+    Returns:
+        `str`, *optional*: The full name of the repository; `None` without `push_to_hub`.
 
     Raises:
         CommandError: If the Hub refuses.
@@ -331,8 +360,14 @@ def upload(model: PeftModel, tokenizer: PreTrainedTokenizerBase, repository: str
     """
     Upload the adapter, its card and the tokenizer.
 
+    Args:
+        model (`PeftModel`): The trained model.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        repository (`str`): The repository.
+        settings (`TrainingSettings`): The options.
+
     Raises:
-        CommandError: If that fails. The adapter is in the output directory then.
+        CommandError: If that fails. The adapter is still in the output directory.
     """
     doing = f"The adapter is in {settings.output}, but it cannot be uploaded to {repository!r}"
     with shown_as_command_error(Exception, while_doing=doing):

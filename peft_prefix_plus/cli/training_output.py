@@ -1,4 +1,4 @@
-"""The output directory of `prefix-plus train`: what may be written there, its checkpoints, and the adapter in the end."""
+"""The output directory of a training: whether it can be used, its checkpoints, and the trained adapter."""
 
 from __future__ import annotations
 
@@ -24,30 +24,43 @@ from .training_settings import TrainingSettings
 
 
 OPTIONS_FILE = "training_options.json"
-"""In a checkpoint: the options that training goes on with, or not at all."""
+"""The file in a checkpoint with the options that must be the same to continue training."""
+
+
+def is_used(output: Path) -> bool:
+    """
+    Return whether an output directory has files in it.
+
+    Raises:
+        CommandError: If it is not a directory.
+    """
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output must be a directory, {output} is a file. Give another path.")
+    return output.is_dir() and any(output.iterdir())
 
 
 def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path | None:
     """
-    Check that the output directory may be written to.
+    Check that the output directory can be used.
+
+    Args:
+        settings (`TrainingSettings`): The options.
+        config (`PrefixPlusConfig`): The adapter's configuration.
 
     Returns:
-        `Path`: The checkpoint to go on from, or `None`.
+        `Path`, *optional*: The checkpoint to continue from, or `None`.
 
     Raises:
-        CommandError: If it may not, or if its checkpoint is of an adapter with another configuration.
+        CommandError: If it is in use, or `resume` finds no checkpoint, or one of another adapter or other options.
     """
     output = settings.output
-    if output.exists() and not output.is_dir():
-        raise CommandError(f"--output must be a directory, {output} is a file.")
-    is_used = output.is_dir() and any(output.iterdir())
-    complete = [path for path in checkpoints(output, complete_only=True) if _has_options(path)]
-    if not is_used or settings.overwrite:
+    if not is_used(output) or settings.overwrite:
         return None
+    complete = [path for path in checkpoints(output, complete_only=True) if _has_options(path)]
     if not settings.resume:
         raise CommandError(
-            f"The output directory {output} is not empty. Use --resume to go on from its last checkpoint, --overwrite to "
-            "train anew into it, or another --output."
+            f"The output directory {output} is not empty. Use --resume to continue from its last checkpoint, --overwrite to "
+            "replace it, or another --output."
         )
     if not complete:
         raise CommandError(f"--resume: {output} is not empty but has no complete checkpoint. Use --overwrite.")
@@ -58,7 +71,12 @@ def prepare_output(settings: TrainingSettings, config: PrefixPlusConfig) -> Path
 
 @contextmanager
 def made_directory(directory: Path) -> Iterator[None]:
-    """Make a directory, and take it away again if what is done in the context fails before anything lies in it."""
+    """
+    Make a directory. If the block fails while the directory is still empty, remove it again.
+
+    Raises:
+        CommandError: If it cannot be made.
+    """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     with shown_as_command_error(OSError, while_doing="Cannot write to --output"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +91,7 @@ def made_directory(directory: Path) -> Iterator[None]:
 
 
 def _has_options(checkpoint: Path) -> bool:
-    """Tell whether the last file of a checkpoint was written."""
+    """Return whether the last file of a checkpoint was written."""
     try:
         return isinstance(json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -81,7 +99,7 @@ def _has_options(checkpoint: Path) -> bool:
 
 
 def lasting_options(settings: TrainingSettings) -> dict[str, Any]:
-    """Return the options that a training keeps from its start to its end; the data are compared by their content."""
+    """Return the options that must be the same to continue a training. Data are compared by content instead."""
     left_out = {"model", "data", "data_config", "data_split", "eval_split", "chat_template_path", "max_length"}
     return {
         item.name: getattr(settings, item.name)
@@ -92,10 +110,14 @@ def lasting_options(settings: TrainingSettings) -> dict[str, Any]:
 
 def check_same_options(checkpoint: Path, options: dict[str, Any]) -> None:
     """
-    Check that a checkpoint was trained with these options.
+    Raise unless a checkpoint was trained with these options.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        options (`dict`): The options.
 
     Raises:
-        CommandError: If it was not.
+        CommandError: If it was not. The message names the differences.
     """
     saved = json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8"))
     differing = [
@@ -105,13 +127,18 @@ def check_same_options(checkpoint: Path, options: dict[str, Any]) -> None:
     ]
     if differing:
         raise CommandError(
-            f"--resume: the checkpoint {checkpoint} was trained with other options ({'; '.join(differing)}). Repeat the "
-            "options that it was trained with, or use --overwrite."
+            f"--resume: the checkpoint {checkpoint} was trained with other options ({'; '.join(differing)}). Repeat its "
+            "options, or use --overwrite."
         )
 
 
 class OptionsInCheckpoints(TrainerCallback):
-    """Writes the options into each checkpoint, as its last file."""
+    """
+    Writes the options into each checkpoint, as its last file.
+
+    Args:
+        options (`dict`): The options.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -124,10 +151,15 @@ class OptionsInCheckpoints(TrainerCallback):
 
 def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) -> None:
     """
-    Check that a checkpoint is of an adapter with this configuration, of this base model.
+    Raise unless a checkpoint's adapter has this configuration and base model.
+
+    Args:
+        checkpoint (`Path`): The checkpoint.
+        config (`PrefixPlusConfig`): The configuration.
+        model (`str`): The base model.
 
     Raises:
-        CommandError: If it is not.
+        CommandError: If it does not. The message names the differences.
     """
     saved = load_adapter_config(str(checkpoint))
     inherited = {item.name for item in dataclasses.fields(PeftConfig)}
@@ -136,15 +168,15 @@ def check_same_config(checkpoint: Path, config: PrefixPlusConfig, model: str) ->
         f"{name} is {getattr(saved, name, None)!r} there and {getattr(config, name)!r} here"
         for name in names
         if getattr(saved, name, None) != getattr(config, name)
-        and (name, getattr(config, name)) != ("position_free", None)  # what that comes to is in the saved one
+        and (name, getattr(config, name)) != ("position_free", None)  # the saved one has the resolved value
     ]
     base = saved.base_model_name_or_path
     if base is not None and Path(base).absolute() != Path(model).absolute():
         differing.append(f"the base model is {base!r} there and {model!r} here")
     if differing:
         raise CommandError(
-            f"--resume: the checkpoint {checkpoint} is of another adapter ({'; '.join(differing)}). Repeat the options "
-            "that it was trained with, or use --overwrite."
+            f"--resume: the checkpoint {checkpoint} is of another adapter ({'; '.join(differing)}). Repeat its options, "
+            "or use --overwrite."
         )
 
 
@@ -158,4 +190,4 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: P
         if model.peft_config["default"].task_type == "SEQ_CLS":
             config: Any = model.get_base_model().config
             config.save_pretrained(folder)  # the names of the classes
-    update_model_card(str(output))  # of all adapters that lie there
+    update_model_card(str(output))  # it describes all adapters in the directory

@@ -1,4 +1,4 @@
-"""What `prefix-plus train` says in the end: a table, and a figure of the losses."""
+"""The report of `prefix-plus train`: a table, and a figure of the losses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def report(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[Encod
 
     Args:
         settings (`TrainingSettings`): Its options.
-        trainer (`Trainer`): The trainer, when it is done.
-        dataset (`Sequence[EncodedRecord]`): What it trained on.
+        trainer (`Trainer`): The trainer, after training.
+        dataset (`Sequence[EncodedRecord]`): The training data.
+
+    Raises:
+        CommandError: If the figure cannot be written.
     """
     table = Table("", show_header=False, title="Training")
     table.add_column(overflow="fold")
@@ -39,7 +42,7 @@ def report(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[Encod
 
 
 def summary(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[EncodedRecord]) -> dict[str, str]:
-    """Return the lines of the table."""
+    """Return the rows of the table: names and texts."""
     model: Any = trainer.model
     history = trainer.state.log_history
     trainable, total = model.get_nb_trainable_parameters()
@@ -66,7 +69,7 @@ def summary(settings: TrainingSettings, trainer: Trainer, dataset: Sequence[Enco
 
 
 def draw_losses(output: Path, trainer: Trainer) -> Path | None:
-    """Draw the losses by step, and return the file; `None` without matplotlib or without a loss."""
+    """Draw the losses by step, and return the file, or `None` if matplotlib is missing or there is no loss."""
     try:
         require_matplotlib()
         figure = plot_training_curve(trainer.state)

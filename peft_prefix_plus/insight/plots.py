@@ -38,13 +38,13 @@ def plot_attention_mass(masses: Mapping[str, torch.Tensor]) -> Figure:
         ValueError: If there are no masses.
     """
     if not masses:
-        raise ValueError("`masses` is empty; pass what prefix_attention_mass returns.")
+        raise ValueError("`masses` is empty; pass the result of prefix_attention_mass.")
     return _heads(masses, "attention on the prefix")
 
 
 def plot_prefix_contribution(contributions: Mapping[str, torch.Tensor]) -> Figure:
     """
-    Draw what [`prefix_contribution`] measured: a row for each attention module, a column for each of its query heads.
+    Plot the result of [`prefix_contribution`]: a row for each attention module, a column for each of its query heads.
 
     Args:
         contributions (`dict[str, torch.Tensor]`): The contribution in each query head, (query_heads,), by module.
@@ -57,7 +57,7 @@ def plot_prefix_contribution(contributions: Mapping[str, torch.Tensor]) -> Figur
         ValueError: If there are no contributions.
     """
     if not contributions:
-        raise ValueError("`contributions` is empty; pass what prefix_contribution returns.")
+        raise ValueError("`contributions` is empty; pass the result of prefix_contribution.")
     return _heads(contributions, "contribution of the prefix")
 
 
@@ -113,8 +113,8 @@ def plot_training_curve(state: Any) -> Figure:
             curves[label] = points
     if not curves:
         raise ValueError(
-            f"The log has {len(history)} entries and none with 'step' and 'loss' or 'eval_loss'. Train with logging, for "
-            "instance with a `logging_steps` that is not larger than the number of steps."
+            f"The log has {len(history)} entries and none with 'step' and 'loss' or 'eval_loss'. Train with logging: set "
+            "`logging_steps` to at most the number of steps."
         )
     figure = _figure(1, 14)
     axes = figure.subplots()
@@ -155,7 +155,7 @@ def require_matplotlib() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'Figures need matplotlib, which is not installed. Install it by: pip install "peft-prefix-plus[plot]"'
+            'Figures need matplotlib, which is not installed. Install with: pip install "peft-prefix-plus[plot]"'
         ) from error
     return Figure
 

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, PeftType
 
 from ..model import BASE_MODEL_NAME
 from ..registration import PREFIX_PLUS
-from .adapter_files import chat_template
+from .adapter_files import chat_template, check_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +21,10 @@ class LoadedAdapter:
     An adapter on the model.
 
     Attributes:
-        key (`str`): Its name there. Clients' names may have characters that PEFT's may not, and move from one adapter to another.
+        key (`str`): Its name in PEFT. Clients use another name, which may have characters that PEFT does not allow, and may be
+            given to another adapter later.
         source (`str`): The directory or repository that it came from.
-        chat_template (`str`, *optional*): The template that it was saved with.
+        chat_template (`str`, *optional*): The chat template that it was saved with.
     """
 
     key: str
@@ -33,9 +34,9 @@ class LoadedAdapter:
 
 class AdaptedModel:
     """
-    A base model and the adapters on it. Whoever owns it calls its methods one at a time.
+    A base model and the adapters on it. Not safe for threads: its owner calls one method at a time.
 
-    An adapter whose name is gone stays until [`AdaptedModel.drop_unnamed`] removes it: requests that still run may need it.
+    An adapter without a name stays until [`AdaptedModel.drop_unnamed`] removes it, because running requests may need it.
 
     Args:
         base_model (`PreTrainedModel`): The base model.
@@ -53,34 +54,44 @@ class AdaptedModel:
 
     @property
     def base_model(self) -> Any:
-        """The base model, without what PEFT wraps around it."""
+        """The base model, without PEFT's wrapper."""
         return self._base_model
 
     @property
     def adapters(self) -> dict[str, LoadedAdapter]:
-        """The adapters by name."""
+        """A copy of the adapters by name."""
         return dict(self._named)
 
     def find(self, name: str | None) -> LoadedAdapter:
         """
-        Return what a name stands for; without one, the base model.
+        Return the adapter of a name.
+
+        Args:
+            name (`str`, *optional*): The name; `None` means the base model.
+
+        Returns:
+            `LoadedAdapter`: The adapter, or `base` for the base model.
 
         Raises:
-            KeyError: If it stands for nothing.
+            KeyError: If no adapter has the name.
         """
         return self.base if name in (None, self.base_name) else self._named[str(name)]
 
     def load(self, name: str, folder: Path, source: str) -> LoadedAdapter:
         """
-        Let a name stand for an adapter, whatever it stood for before.
+        Load an adapter and give it a name. An adapter that had the name loses it.
 
         Args:
             name (`str`): The name.
             folder (`Path`): The adapter's directory.
-            source (`str`): Where it came from.
+            source (`str`): The directory or repository that it came from, to show to clients.
+
+        Returns:
+            `LoadedAdapter`: The adapter.
 
         Raises:
-            ValueError: If it is no adapter of this package's method. Whatever is raised, everything is as before then.
+            ValueError: If the name is not allowed, the adapter is of another method, or its files are broken. Nothing has
+                changed then.
         """
         self.check_name(name)
         config = PeftConfig.from_pretrained(str(folder))
@@ -102,28 +113,25 @@ class AdaptedModel:
         Raise unless an adapter may have a name.
 
         Raises:
-            ValueError: If it may not.
+            ValueError: If it is empty, or the base model's.
         """
-        if not name or name == self.base_name:
-            raise ValueError(
-                f"An adapter cannot be named {name!r}, as the base model or not at all. Choose another name."
-            )
+        check_name(name, is_base_name=name == self.base_name)
 
     def unload(self, name: str) -> None:
         """
-        Let a name stand for nothing.
+        Take a name away from its adapter.
 
         Raises:
-            KeyError: If there is no adapter of that name.
+            KeyError: If no adapter has the name.
         """
         del self._named[name]
 
     def drop_unnamed(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Remove the adapters that neither a name stands for nor a request uses."""
+        """Remove the adapters that have no name and are not in use."""
         kept = {*self._named.values(), *in_use}
         dropped = [adapter for adapter in self._on_model if adapter not in kept]
         if len(dropped) == len(self._on_model):
-            if dropped:  # PEFT's wrapper cannot do without any
+            if dropped:  # PEFT's wrapper needs at least one
                 self._base_model = self._model = self._model.unload()
         else:
             for adapter in dropped:
@@ -133,11 +141,14 @@ class AdaptedModel:
     @torch.no_grad()
     def generate(self, adapters: Sequence[LoadedAdapter], **kwargs: Any) -> Any:
         """
-        Call the model's `generate`.
+        Call the model's `generate`, with an adapter for each row.
 
         Args:
-            adapters (`Sequence[LoadedAdapter]`): The adapter of each row; `base` for none.
-            kwargs: For `generate`.
+            adapters (`Sequence[LoadedAdapter]`): The adapter of each row; `base` for the base model.
+            kwargs: Passed to `generate`.
+
+        Returns:
+            The output of `generate`.
         """
         if self._on_model:
             kwargs["adapter_names"] = [adapter.key for adapter in adapters]
@@ -147,8 +158,8 @@ class AdaptedModel:
 def _other_method(source: str, config: Any) -> str:
     method = PeftType(config.peft_type).value
     way_out = (
-        "Convert it by prefix-plus convert."
+        "Convert it with prefix-plus convert."
         if config.peft_type == PeftType.PREFIX_TUNING
-        else "Serve it by another program."
+        else "Serve it with another program."
     )
-    return f"{source!r} is a {method} adapter; this server takes {PREFIX_PLUS.value} adapters. {way_out}"
+    return f"{source!r} is a {method} adapter; this server serves {PREFIX_PLUS.value} adapters. {way_out}"

@@ -1,4 +1,4 @@
-"""Where the files of an adapter that is to be served lie."""
+"""The files and the name of an adapter to serve."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 def adapter_folder(adapter: str, **hub_arguments: Any) -> Path:
     """
-    Return the directory that has an adapter's files, of the formats that are read here only.
+    Return the directory of an adapter's files. From the Hub, only the files that serving reads are downloaded.
 
     Args:
-        adapter (`str`): A directory or a repository on the Hub, from which the files are fetched.
+        adapter (`str`): A directory or a repository on the Hub.
         hub_arguments: `revision`, `token` and so on, as for [`snapshot_download`].
 
+    Returns:
+        `Path`: The directory.
+
     Raises:
-        ValueError: If there are none.
+        ValueError: If there is no such adapter, or its configuration or weights are missing.
     """
     if os.path.isdir(adapter):
         folder = Path(adapter)
@@ -35,7 +38,7 @@ def adapter_folder(adapter: str, **hub_arguments: Any) -> Path:
             )
         except (OSError, ValueError) as error:  # what the Hub raises is either
             raise ValueError(
-                f"The adapter {adapter!r} is no directory, and cannot be had from the Hub: {error}"
+                f"The adapter {adapter!r} is no directory, and downloading it from the Hub failed: {error}"
             ) from error
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
@@ -43,7 +46,24 @@ def adapter_folder(adapter: str, **hub_arguments: Any) -> Path:
     return folder
 
 
+def check_name(name: str, is_base_name: bool) -> None:
+    """
+    Raise unless an adapter may have a name.
+
+    Args:
+        name (`str`): The name.
+        is_base_name (`bool`): Whether it is a name of the base model.
+
+    Raises:
+        ValueError: If it is empty, or the base model's.
+    """
+    if not name:
+        raise ValueError("The name of an adapter is empty. Give it a name.")
+    if is_base_name:
+        raise ValueError(f"An adapter cannot be named {name!r}: that is the base model. Choose another name.")
+
+
 def chat_template(folder: Path) -> str | None:
-    """Return the chat template that an adapter was saved with, if there is one."""
+    """Return the chat template that an adapter was saved with, or `None`."""
     path = folder / CHAT_TEMPLATE_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None

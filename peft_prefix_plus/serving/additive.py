@@ -1,9 +1,8 @@
 """
-Prefixes that are added to vLLM's attention: the decoupled and the gated form.
+Prefixes that are added to the output of vLLM's attention: the decoupled and the gated form.
 
-What they add needs the queries and their positions only, so nothing of it is cached and no token is put before the prompt. Which rows
-of a batch have which prefix is told by the blocks of their keys and values: the first block of a request is shared, if at all, with
-requests of the same prefix, whose salt is in its hash.
+The added term needs only the queries and their positions, so nothing of it is cached and no token precedes the prompt. The first cache
+block of a row identifies its prefix: the hash of a block contains a salt of the prefix, so only requests of one prefix can share it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class AddedPrefix:
     An additive prefix on one worker.
 
     Attributes:
-        layers (`Mapping[int, Prefix]`): The heads of this worker, by layer; those without a prefix are not there.
-        turning (`Turning`, *optional*): What is to be undone of the queries.
+        layers (`Mapping[int, Prefix]`): The heads of this worker, by layer. Layers without a prefix are left out.
+        turning (`Turning`, *optional*): The rotation to undo in the queries.
     """
 
     layers: Mapping[int, Prefix]
@@ -36,12 +35,13 @@ class AddedPrefix:
 @dataclass(frozen=True)
 class Share:
     """
-    The tokens of a batch that have one prefix.
+    The tokens of a batch that share a prefix.
 
     Attributes:
         prefix (`AddedPrefix`): The prefix.
-        tokens (`torch.Tensor`): Their places in the batch.
-        embeddings (`tuple`, *optional*): Cosines and sines of their positions, (1, tokens, planes) each, if they are to be undone.
+        tokens (`torch.Tensor`): The indices of these tokens in the batch.
+        embeddings (`tuple`, *optional*): Cosines and sines of their positions, (1, tokens, planes) each, if there is a rotation to
+            undo.
     """
 
     prefix: AddedPrefix
@@ -54,7 +54,7 @@ class AddedPrefixes:
     The additive prefixes of the requests on one worker.
 
     Args:
-        load (`Callable[[str], AddedPrefix]`): Finds a prefix by its digest.
+        load (`Callable[[str], AddedPrefix]`): Returns the prefix of a digest.
     """
 
     def __init__(self, load: Callable[[str], AddedPrefix]) -> None:
@@ -64,10 +64,10 @@ class AddedPrefixes:
 
     def admit(self, first_blocks: Mapping[int, str | None]) -> None:
         """
-        Note the prefixes of the requests that a step takes up.
+        Record the prefixes of the requests that a step adds to the batch.
 
         Args:
-            first_blocks (`Mapping[int, str | None]`): Digests, or `None`, by the first block of the request.
+            first_blocks (`Mapping[int, str | None]`): The digest of each request's prefix, or `None`, by the request's first block.
         """
         self._shares = (None, [])
         for block, digest in first_blocks.items():
@@ -77,7 +77,7 @@ class AddedPrefixes:
                 self._by_first_block[block] = digest
 
     def follow(self, layers: Mapping[int, Any]) -> None:
-        """Let vLLM's attention layers add what the prefixes of a batch's rows give."""
+        """Make vLLM's attention layers add the prefixes of a batch's rows."""
         for index, layer in layers.items():
             layer.impl.forward = self._followed(index, layer.impl)
 
@@ -96,7 +96,7 @@ class AddedPrefixes:
         return forward
 
     def _shares_of(self, attn_metadata: Any, query: torch.Tensor) -> list[Share]:
-        """Return which tokens of a batch have which prefix; worked out once for all layers."""
+        """Return the tokens of each prefix in a batch, computed once for all layers."""
         if self._shares[0] is not attn_metadata:
             self._shares = (attn_metadata, list(self._find_shares(attn_metadata, query)))
         return self._shares[1]
@@ -113,7 +113,7 @@ class AddedPrefixes:
         for digest, own in rows.items():
             prefix = self._load(digest)
             tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in own])
-            # a row's last query stands at the end of its sequence
+            # a row's last query is at the end of its sequence
             offsets = [torch.full((starts[row + 1] - starts[row],), lengths[row] - starts[row + 1]) for row in own]
             positions = tokens + torch.cat(offsets)
             embeddings = None if prefix.turning is None else _embeddings(prefix.turning, positions, query.device)
@@ -129,14 +129,14 @@ def _embeddings(turning: Turning, positions: torch.Tensor, device: torch.device)
 
 def _add(share: Share, index: int, scale: float, query: torch.Tensor, output: torch.Tensor) -> None:
     """
-    Add what a prefix gives in one layer.
+    Add a prefix to the output of one layer's attention, in place.
 
     Args:
-        share (`Share`): The tokens that have it.
+        share (`Share`): The prefix and its tokens.
         index (`int`): The layer.
         scale (`float`): s, the factor on the products of queries and keys.
         query (`torch.Tensor`): The batch's queries as they enter attention, (tokens, query_heads, key_dim).
-        output (`torch.Tensor`): What attention gives, (tokens, query_heads, value_dim); added to.
+        output (`torch.Tensor`): The output of attention, (tokens, query_heads, value_dim).
     """
     prefix = share.prefix.layers.get(index)
     if prefix is None:

@@ -1,9 +1,9 @@
 """
-Requests that wait, as batches of one model, which has a thread for itself.
+Runs waiting requests in batches of one model, in a thread of its own.
 
-A batch takes up new rows while it runs: `generate` is stopped, and called again with the tokens so far and the new rows' prompts. So
-this needs nothing of a model but `generate`, and a row may be computed again for others to join. No more than half of the time goes
-into that: what a batch's first step took must have passed before it is stopped.
+New rows join a running batch: `generate` stops, and is called again with the tokens so far and the prompts of the new rows. So any
+model with `generate` works, but the rows that were running are computed again. That takes no more than half of the time: a batch runs
+for at least as long as its first step took before it can be stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PADDING = 0
-"""The token to pad with. What it is does not matter: no real token sees it."""
+"""The token to pad with. Its value does not matter, because no real token sees it."""
 
 GENERATION: dict[str, Any] = {
     "do_sample": False,
@@ -49,13 +49,13 @@ GENERATION: dict[str, Any] = {
         )
     ),
 }
-"""What the model's own settings of generation say, and each row has for itself."""
+"""Overrides the settings of the model's `generation_config` that each row chooses for itself."""
 
 STOPPING = "The server is stopping."
 
 
 class StoppedError(Exception):
-    """A batcher takes no more rows."""
+    """The batcher has been stopped and accepts nothing more."""
 
 
 class Batcher:
@@ -63,9 +63,9 @@ class Batcher:
     The thread that the model runs in.
 
     Args:
-        model (`AdaptedModel`): The model, which nobody else uses from now on.
+        model (`AdaptedModel`): The model. Nothing else may use it from now on.
         max_batch_size (`int`): The most rows at a time.
-        num_positions (`int`, *optional*): How many positions the model has; `None` if there is no end to them.
+        num_positions (`int`, *optional*): The number of positions that the model has; `None` if there is no limit.
     """
 
     def __init__(self, model: AdaptedModel, max_batch_size: int, num_positions: int | None = None) -> None:
@@ -85,10 +85,13 @@ class Batcher:
 
     def submit(self, make_rows: Callable[[], Sequence[Row]]) -> list[Row]:
         """
-        Let rows wait for their turn.
+        Queue rows.
 
         Args:
-            make_rows (`Callable`): Returns the rows. No adapter is removed between its call and theirs being in line.
+            make_rows (`Callable`): Returns the rows. No adapter is removed between this call and the queueing.
+
+        Returns:
+            `list[Row]`: The rows.
 
         Raises:
             StoppedError: If the batcher has been stopped.
@@ -103,7 +106,13 @@ class Batcher:
 
     def change(self, function: Callable[[AdaptedModel], Result]) -> Future[Result]:
         """
-        Call a function that changes the model's adapters, between two steps.
+        Queue a function that changes the model's adapters. It runs between two steps.
+
+        Args:
+            function (`Callable[[AdaptedModel], Result]`): The function.
+
+        Returns:
+            `Future`: Its result, or the exception that it raised.
 
         Raises:
             StoppedError: If the batcher has been stopped.
@@ -117,7 +126,7 @@ class Batcher:
         return future
 
     def stop(self) -> None:
-        """End the rows and the thread."""
+        """Stop the thread. Rows that are not done fail."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
@@ -125,7 +134,7 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether rows will be answered."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -142,13 +151,13 @@ class Batcher:
                     future.set_exception(StoppedError(STOPPING))
 
     def _go_on(self) -> None:
-        """Wait until there is something to do, and do it until something else is to be done."""
+        """Wait for rows or changes, apply the changes, and decode until the batch pauses."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._waiting or self._changes or self._is_stopping)
             changes, self._changes = self._changes, deque()
         for function, future in changes:
             if not future.set_running_or_notify_cancel():
-                continue  # who asked for it has left
+                continue  # the client is gone
             try:
                 future.set_result(function(self._model))
             except Exception as error:  # noqa: BLE001
@@ -163,7 +172,7 @@ class Batcher:
             self._running = [row for row in self._running if not row.is_over]
 
     def _decode_or_fail(self, rows: Sequence[Row]) -> None:
-        """Decode rows. If that fails, decode each alone, so that only those fail whose fault it is."""
+        """Decode rows. If that fails, decode each alone, so that only the rows at fault fail."""
         try:
             self._decode(rows)
         except Exception as error:  # whatever a model raises, the server goes on
@@ -176,7 +185,7 @@ class Batcher:
             rows[0].fail(f"The model failed: {type(error).__name__}: {error}")
 
     def _decode(self, rows: Sequence[Row]) -> None:
-        """Write the rows' tokens until they are over, or others are to join them."""
+        """Decode the rows until they are over or the batch pauses."""
         rows = [row for row in rows if not row.is_over]
         if not rows:
             return
@@ -199,7 +208,7 @@ class Batcher:
         )
 
     def _pauses(self, rows: Sequence[Row]) -> Callable[[], bool]:
-        """Return what says, after each step of some rows, whether to stop here and go on with other rows."""
+        """Return a function that is called after each step of these rows, and tells whether to pause the batch."""
         start = time.monotonic()
         first_step: float | None = None
         lengths = [len(row.prompt) + len(row.tokens) for row in rows]

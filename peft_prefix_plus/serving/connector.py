@@ -1,11 +1,11 @@
 """
-Prefixes in vLLM's cache of keys and values, by its KV-connector interface.
+Prefixes in vLLM's cache of keys and values, through its KV-connector interface.
 
-A request that names a joint prefix gets `num_virtual_tokens` placeholders before its prompt. The scheduler takes them for tokens whose keys
-and values come from elsewhere; before the forward that first reads them, each worker writes its heads of the prefix into their slots.
-From then on they are ordinary cached tokens: with prefix caching, later requests of the same adapter find the full blocks there.
+A request for a joint prefix gets `num_virtual_tokens` placeholders before its prompt. For the scheduler these are tokens whose keys and
+values come from elsewhere. Before the first forward that reads them, each worker writes its heads of the prefix into their slots. From
+then on they are ordinary cached tokens. With prefix caching, later requests of the same adapter find the full blocks in the cache.
 
-The prefixes of the other forms are added to what attention gives (`additive`), and their requests have no placeholders.
+Prefixes of the other forms are added to the output of attention (`additive`), and their requests have no placeholders.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ PARAMETER = "prefix_plus"
 """The entry of a request's `kv_transfer_params` that names a prefix by its digest."""
 
 PLACEHOLDER = 0
-"""The token id that stands for a virtual token. It is never embedded: its keys and values are there before any forward."""
+"""The token id of a placeholder. It is never embedded, because its keys and values are in the cache before any forward."""
 
 MOST_IN_MEMORY = 256
-"""How many prefixes a worker keeps beside the cache."""
+"""How many prefixes a worker keeps in memory beside the cache."""
 
 LayerKeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values, (tokens, heads of this rank, dim) each, by layer."""
@@ -59,12 +59,12 @@ LayerKeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 @dataclass
 class Load:
     """
-    The part of a prefix that a request needs written.
+    The part of a prefix to write for a request.
 
     Attributes:
         digest (`str`): The prefix.
-        start (`int`): The first virtual token to write; those before are cached.
-        block_ids (`list[int]`): The blocks from the one that holds that token to the one that holds the prefix's last.
+        start (`int`): The first virtual token to write; the ones before are in the cache.
+        block_ids (`list[int]`): The blocks from that token to the prefix's last.
     """
 
     digest: str
@@ -75,12 +75,12 @@ class Load:
 @dataclass
 class Loads(KVConnectorMetadata):  # type: ignore[misc]
     """
-    What the workers are to do before a forward.
+    The scheduler's instructions to the workers before a forward.
 
     Attributes:
-        loads (`list[Load]`): What to write.
-        refused (`set[int]`): Blocks of requests that are to fail.
-        added (`dict[int, str | None]`): The additive prefixes of the requests that are taken up, or `None`, by their first block.
+        loads (`list[Load]`): The parts of prefixes to write.
+        refused (`set[int]`): A block of each request that must fail.
+        added (`dict[int, str | None]`): The additive prefix, or `None`, of each request that starts, by its first block.
     """
 
     loads: list[Load] = field(default_factory=list)
@@ -90,16 +90,18 @@ class Loads(KVConnectorMetadata):  # type: ignore[misc]
 
 class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """
-    Writes prefixes into vLLM's cache. `kv_connector_extra_config` names the adapters' folder as `store`; with `may_add` false, prefixes
-    that are added to attention are refused, and CUDA graphs may hold a whole forward.
+    A KV connector that writes prefixes into vLLM's cache.
+
+    `kv_connector_extra_config` gives the folder of the adapters as `store`. If its `may_add` is false, decoupled and gated prefixes are
+    refused, and a CUDA graph may contain a whole forward.
 
     Args:
         vllm_config (`VllmConfig`): The engine's configuration.
         role (`KVConnectorRole`): Whether this is the scheduler's part or a worker's.
-        kv_cache_config (`KVCacheConfig`): The cache's.
+        kv_cache_config (`KVCacheConfig`): The configuration of the cache.
 
     Raises:
-        ValueError: If the model's cache cannot take a prefix, or the folder does not exist.
+        ValueError: If the model's cache cannot take a prefix, or the folder is not given or does not exist.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -148,11 +150,11 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if form == "joint":
                 _check_request(request, length, self._max_model_len)
             elif not self._may_add:
-                raise ValueError("this server was started without prefixes that are added to attention.")
+                raise ValueError("this server was started without decoupled and gated prefixes (`may_add`).")
         except ValueError as error:
             logger.error("Request %s is refused: %s", request.request_id, error)
             self._refused.add(request.request_id)
-            # one token that fails to load makes it fail; at least one other must remain for vLLM to schedule
+            # a token that fails to load makes the request fail; vLLM schedules it only if another token remains
             length, digest = int(request.num_tokens == 1), request.request_id
             request.skip_reading_prefix_cache = False
         else:
@@ -166,10 +168,10 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _checked_prefix(self, digest: str) -> tuple[str, int]:
         """
-        Return a prefix's form and how many tokens it takes, after making sure that the workers can take it.
+        Return a prefix's form and how many tokens of the context it takes, after a check that it fits the model.
 
         Raises:
-            ValueError: If there is none of that digest, or it is of another model.
+            ValueError: If no prefix has this digest, or it is of another model.
         """
         if digest in self._checked:
             return self._checked[digest]
@@ -319,7 +321,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return failed
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        pass  # all is written before the forward
+        pass  # everything is written before the forward
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         pass  # nothing leaves the cache
@@ -329,7 +331,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 def attention_layers(modules: dict[str, Any]) -> dict[int, Any]:
-    """Return vLLM's attention layers with a cache by the index of the model's layer."""
+    """Return vLLM's attention layers that have a cache, by the index of their layer in the model."""
     return {
         extract_layer_index(name): module
         for name, module in modules.items()
@@ -339,28 +341,31 @@ def attention_layers(modules: dict[str, Any]) -> dict[int, Any]:
 
 def heads_of_rank(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
-    Return the heads of a prefix's keys, values or gates that this tensor-parallel rank has.
+    Return this tensor-parallel rank's heads of a prefix's keys, values or gates.
 
     Args:
         tensor (`torch.Tensor`): All heads, (heads, …).
-        num_heads (`int`): How many of them the rank has.
+        num_heads (`int`): The number of heads of the rank.
+
+    Returns:
+        `torch.Tensor`: The rank's heads, (num_heads, …).
 
     Raises:
-        ValueError: If the model has another number of them.
+        ValueError: If the model has another number of heads.
     """
     rank, size, total = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), tensor.shape[0]
     if max(total // size, 1) != num_heads:
         raise ValueError(f"The prefix has {total} heads; the served model has {num_heads} on each of {size} ranks.")
-    # with fewer heads than ranks, several ranks have the same
+    # with fewer heads than ranks, several ranks share a head
     first = rank * num_heads if total >= size else rank * total // size
     return tensor[first : first + num_heads]
 
 
 def _put_before(request: Request, length: int) -> None:
-    """Put placeholders before a prompt, as if it had come with them."""
+    """Put placeholders before a prompt, as if the client had sent them."""
     placeholder = PLACEHOLDER
     if request.sampling_params is not None and request.sampling_params.repetition_penalty != 1.0:
-        # the penalty is on what is in the prompt: a token that is there anyway changes nothing
+        # the penalty applies to every token of the prompt; one that it has anyway changes nothing
         placeholder = request.prompt_token_ids[0]
     placeholders = [placeholder] * length
     request.prompt_token_ids = placeholders + list(request.prompt_token_ids or [])
@@ -371,35 +376,36 @@ def _put_before(request: Request, length: int) -> None:
 
 def _check_request(request: Request, length: int, max_model_len: int) -> None:
     """
-    Raise if a request cannot have a prefix of a length.
+    Raise if a request cannot have a prefix in the cache.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If it has no plain prompt of tokens, asks for the prompt's log-probabilities, or leaves no room.
     """
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.mm_features:
-        raise ValueError("a prefix needs a prompt of tokens; this one has embeddings or media.")
+        raise ValueError("a prefix in the cache needs a prompt of tokens; this one has embeddings or media.")
     if request.sampling_params is None or request.sampling_params.prompt_logprobs is not None:
-        raise ValueError("a prefix is not computed, so there are no log-probabilities of a prompt behind it.")
+        raise ValueError(
+            "with a prefix in the cache there are no log-probabilities of the prompt; leave out `prompt_logprobs`."
+        )
     if request.num_tokens + length >= max_model_len:
         raise ValueError(
-            f"{length} virtual tokens and {request.num_tokens} of the prompt leave no room in {max_model_len} (max_model_len)."
+            f"{length} virtual tokens and {request.num_tokens} prompt tokens leave no room in {max_model_len} (max_model_len). Shorten "
+            "the prompt."
         )
 
 
 def _check_cache(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """
-    Raise if a prefix cannot be written into the cache of a model.
+    Raise if prefixes cannot be written into a model's cache.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If a layer has a cache of another kind, or the cache is spread over ranks.
     """
     kinds = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups}
     if kinds != {"FullAttentionSpec"}:
         raise ValueError(
-            f"A prefix can be served only in models all of whose layers have full attention; this one's caches are {sorted(kinds)}."
+            f"Prefixes need a model with full attention in every layer; this one's caches are {sorted(kinds)}."
         )
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise ValueError(
-            "A prefix cannot be served with context parallelism, which spreads a request's tokens over ranks."
-        )
+        raise ValueError("Prefixes cannot be served with context parallelism. Leave out its options.")

@@ -1,8 +1,8 @@
 """
-Rows of a batch that are decoded together, each with an adapter, sampling, an end and a reader of its own.
+Decoding the rows of a batch together, each with its own adapter, sampling, end and reader.
 
-transformers' `generate` has one set of these per batch. Here its logits processor chooses each row's token, and leaves `generate` no
-other choice; its stopping criterion says which rows are over.
+transformers' `generate` has one set of these for a batch. Here a logits processor chooses the token of each row and rules out all others,
+and a stopping criterion ends each row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .text_stream import TextStream
 
 
 LOWEST_TEMPERATURE = 1e-4
-"""Below this only the likeliest token is left, and the numbers are too large to draw by."""
+"""Below this, sampling is greedy: the scaled logits would overflow, and the likeliest token has all of the probability anyway."""
 
 
 class Sampling:
@@ -36,12 +36,12 @@ class Sampling:
     How the tokens of one row are chosen.
 
     Args:
-        temperature (`float`): 0, or almost, takes the likeliest token.
-        top_p (`float`): Draw among the likeliest tokens of this total probability.
-        top_k (`int`): Draw among this many of the likeliest tokens; 0 means all.
-        min_p (`float`): Draw among the tokens that are at least this many times as likely as the likeliest.
-        repetition_penalty (`float`): What the logits of tokens that were there are divided by, or multiplied below 0.
-        seed (`int`, *optional*): What the draws start from; `None` means each time from another.
+        temperature (`float`, defaults to 1.0): The temperature; below `LOWEST_TEMPERATURE` the likeliest token is taken.
+        top_p (`float`, defaults to 1.0): Draw among the likeliest tokens of this total probability.
+        top_k (`int`, defaults to 0): Draw among this many of the likeliest tokens; 0 means all.
+        min_p (`float`, defaults to 0.0): Draw among the tokens that are at least this many times as likely as the likeliest.
+        repetition_penalty (`float`, defaults to 1.0): A penalty on the tokens of the prompt and the answer so far.
+        seed (`int`, *optional*): The random seed; `None` means a new one.
     """
 
     def __init__(
@@ -78,7 +78,10 @@ class Sampling:
 
         Args:
             tokens (`list[int]`): The tokens so far, without padding.
-            scores (`torch.Tensor`): Their logits, (1, vocabulary).
+            scores (`torch.Tensor`): The logits of the next token, (1, vocabulary).
+
+        Returns:
+            `int`: The token.
         """
         scores = self._warpers(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type, assignment]
         if self._is_greedy:
@@ -90,14 +93,14 @@ class Sampling:
 @dataclass(frozen=True)
 class Progress:
     """
-    What a row's reader gets.
+    A message to a row's reader.
 
     Attributes:
-        index (`int`): Which of the reader's rows it is.
-        text (`str`): Text that is ready.
-        token_ids (`list[int]`): The tokens since the last time.
-        finish_reason (`str`, *optional*): `"stop"` or `"length"`, with the last piece.
-        error (`str`, *optional*): Why the row ends without being done.
+        index (`int`): The index of the row among the rows of its request.
+        text (`str`): The text that is ready.
+        token_ids (`list[int]`): The tokens since the last message.
+        finish_reason (`str`, *optional*): `"stop"` or `"length"` in the last message.
+        error (`str`, *optional*): Why the row failed.
     """
 
     index: int
@@ -110,17 +113,19 @@ class Progress:
 @dataclass(eq=False)
 class Row:
     """
-    One prompt, and what becomes of it.
+    A prompt and its answer so far.
 
     Attributes:
         adapter (`LoadedAdapter`): The adapter.
         prompt (`list[int]`): The prompt's tokens.
-        max_tokens (`int`): The most tokens to write.
-        sampling (`Sampling`): How they are chosen.
-        text (`TextStream`): What makes text of them.
+        max_tokens (`int`): The most tokens to generate.
+        sampling (`Sampling`): How to choose them.
+        text (`TextStream`): Turns them into text.
         ends (`Collection[int]`): The tokens that end the text.
-        send (`Callable[[Progress], None]`): Where the reader is told. It must not wait.
-        index (`int`): Which of the reader's rows this is.
+        send (`Callable[[Progress], None]`): Called with each message to the reader. It must not block.
+        index (`int`): The index of the row among the rows of its request.
+        tokens (`list[int]`): The tokens so far.
+        is_over (`bool`): Whether the row has ended.
     """
 
     adapter: LoadedAdapter
@@ -135,7 +140,7 @@ class Row:
     is_over: bool = False
 
     def accept(self, token: int) -> None:
-        """Add a token, and tell the reader."""
+        """Add a token, and send it to the reader."""
         self.tokens.append(token)
         if token in self.ends:
             self._tell(self.text.end(), token, "stop")
@@ -154,23 +159,23 @@ class Row:
         self.send(Progress(self.index, text, [token], finish_reason))
 
     def fail(self, error: str) -> None:
-        """End the row, and tell the reader why."""
+        """End the row, and send the reason to the reader."""
         self.is_over = True
         self.send(Progress(self.index, error=error))
 
     def cancel(self) -> None:
-        """End the row, which nobody reads any more."""
+        """End the row without a message, because its reader is gone."""
         self.is_over = True
 
 
 class ChooseTokens(LogitsProcessor):
-    """Choose the next token of each row, and leave no other choice."""
+    """Chooses the next token of each row, and rules out all others."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take and return logits, (batch, vocabulary), after tokens, (batch, tokens)."""
+        """Return logits (batch, vocabulary) that allow only the chosen token of each row."""
         chosen = scores.argmax(dim=-1).tolist()
         for number, row in enumerate(self._rows):
             if row.is_over:
@@ -183,13 +188,13 @@ class ChooseTokens(LogitsProcessor):
 
 
 class RowsAreOver(StoppingCriteria):
-    """End rows that are over, or all of them as soon as a function says so."""
+    """Ends the rows that are over, or all rows if the batch must pause."""
 
     def __init__(self, rows: Sequence[Row], must_pause: Callable[[], bool]) -> None:
         self._rows = rows
         self._must_pause = must_pause
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Return for each row whether it ends, (batch,)."""
+        """Return whether each row ends, (batch,)."""
         pauses = self._must_pause()
         return torch.tensor([pauses or row.is_over for row in self._rows], device=input_ids.device)

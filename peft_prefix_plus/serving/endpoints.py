@@ -1,9 +1,9 @@
 """
 Adapters as models of vLLM's OpenAI-compatible server.
 
-vLLM loads this through its entry-point group `vllm.endpoint_plugins`, if the environment variable `VLLM_PLUGINS` names `prefix_plus`.
-A request whose `model` is an adapter's name becomes one to the base model that names the adapter's prefix, and the answer names the
-adapter again. It runs behind the server's own check of API keys.
+vLLM loads this plugin through its entry-point group `vllm.endpoint_plugins` if the environment variable `VLLM_PLUGINS` names
+`prefix_plus`. A request whose `model` is an adapter is changed into a request to the base model with the adapter's prefix, and the name in
+the answer is changed back. The server checks API keys before that.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.logger import init_logger
 
+from .adapter_files import check_name
 from .connector import PARAMETER
-from .openai_protocol import LoadRequest, RefusedError, UnloadRequest
+from .openai_protocol import (
+    LoadRequest,
+    RefusedError,
+    UnloadRequest,
+    loading_forbidden,
+    unknown_adapter,
+    unservable_adapter,
+)
 from .store import Entry, PrefixStore
 
 
@@ -38,10 +44,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
-"""Where a request with an adapter's name is answered."""
+"""The paths whose answers an adapter can give."""
 
 TOKENIZING = ("/tokenize", "/detokenize")
-"""Where the adapter's name stands for the base model."""
+"""The paths on which an adapter's name means the base model."""
 
 
 class Adapters:
@@ -51,6 +57,9 @@ class Adapters:
     Args:
         engine_client (`EngineClient`): vLLM's engine.
         state (`Any`): The server's state.
+
+    Raises:
+        ValueError: If the engine was started without [`PrefixConnector`].
     """
 
     def __init__(self, engine_client: EngineClient, state: Any) -> None:
@@ -60,7 +69,7 @@ class Adapters:
             extra = config.kv_transfer_config.kv_connector_extra_config
         if "store" not in extra:
             raise ValueError(
-                "The plugin prefix_plus of vLLM needs PrefixConnector in --kv-transfer-config; see `prefix-plus serve`."
+                "vLLM's plugin prefix_plus needs PrefixConnector in --kv-transfer-config. Start the server with prefix-plus serve."
             )
         self.store = PrefixStore(extra["store"])
         self.may_load = bool(extra.get("may_load", False))
@@ -72,26 +81,30 @@ class Adapters:
 
     @property
     def base_name(self) -> str:
-        """The name by which the server knows the base model."""
+        """The name of the base model in the server."""
         return str(self._state.openai_serving_models.base_model_paths[0].name)
 
     async def load(self, name: str, path: str) -> Entry:
         """
-        Let a name stand for an adapter.
+        Add an adapter to the server. An adapter that had the name loses it.
+
+        Args:
+            name (`str`): The name.
+            path (`str`): The adapter's directory or repository on the Hub.
+
+        Returns:
+            `Entry`: The adapter.
 
         Raises:
-            ValueError: If it cannot be served. Everything is as before then.
+            ValueError: If it cannot be served. Nothing has changed then.
         """
-        if not name or self._state.openai_serving_models.is_base_model(name):
-            raise ValueError(
-                f"An adapter cannot be named {name!r}, as the base model or not at all. Choose another name."
-            )
+        check_name(name, is_base_name=self._state.openai_serving_models.is_base_model(name))
         async with self._changing:
             key_values = await asyncio.to_thread(self._fold, path)
             return self.store.add(name, key_values, path)
 
     def _fold(self, path: str) -> Any:
-        from .folding import fold, served_model  # imports transformers' model: only where adapters are loaded
+        from .folding import fold, served_model  # imports transformers' models, so only when an adapter is loaded
 
         if self._served_model is None:
             config = self._model_config
@@ -108,14 +121,14 @@ class EndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and what maps names."""
+        """Add the routes and the middleware."""
         app.add_middleware(NamesToPrefixes)
         app.get("/v1/models")(show_models)
         app.post("/v1/load_prefix_adapter")(load_prefix_adapter)
         app.post("/v1/unload_prefix_adapter")(unload_prefix_adapter)
 
     async def init_state(self, engine_client: EngineClient, state: Any, args: Namespace) -> None:
-        """Find the adapters' folder."""
+        """Attach the [`Adapters`] to the server's state."""
         state.prefix_plus = Adapters(engine_client, state)
 
 
@@ -140,13 +153,13 @@ async def load_prefix_adapter(body: LoadRequest, request: Request) -> JSONRespon
     """Handle POST /v1/load_prefix_adapter."""
     adapters: Adapters = request.app.state.prefix_plus
     if not adapters.may_load:
-        return _not_allowed()
+        return _refusal(loading_forbidden())
     try:
         entry = await adapters.load(body.name, body.path)
     except Exception as error:  # noqa: BLE001
         # whatever a broken file raises, the server goes on
         logger.warning("The adapter %r is refused: %s", body.path, error)
-        return _error(f"The adapter cannot be served. {error}", HTTPStatus.BAD_REQUEST)
+        return _refusal(unservable_adapter(error))
     return JSONResponse({"name": body.name, "form": entry.form, "num_cached_tokens": entry.num_cached_tokens})
 
 
@@ -154,32 +167,24 @@ async def unload_prefix_adapter(body: UnloadRequest, request: Request) -> JSONRe
     """Handle POST /v1/unload_prefix_adapter."""
     adapters: Adapters = request.app.state.prefix_plus
     if not adapters.may_load:
-        return _not_allowed()
+        return _refusal(loading_forbidden())
     try:
         adapters.store.remove(body.name)
     except KeyError:
-        return _error(f"There is no adapter named {body.name!r}.", HTTPStatus.NOT_FOUND)
+        return _refusal(unknown_adapter(body.name))
     return JSONResponse({"name": body.name})
 
 
-def _not_allowed() -> JSONResponse:
-    return _error(
-        "Adapters cannot be loaded or unloaded while this server runs. Start it with --may-load if its clients may.",
-        HTTPStatus.FORBIDDEN,
-    )
-
-
-def _error(message: str, status: HTTPStatus) -> JSONResponse:
-    error = create_error_response(message, err_type=status.phrase.replace(" ", "") + "Error", status_code=status)
-    return JSONResponse(error.model_dump(), status_code=status)
+def _refusal(error: RefusedError) -> JSONResponse:
+    return JSONResponse(error.content, status_code=error.status)
 
 
 class NamesToPrefixes:
     """
-    The ASGI middleware that takes adapters' names for models.
+    An ASGI middleware that turns the name of an adapter into the base model's name and a prefix.
 
     Args:
-        app: The application behind it.
+        app: The application to call.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
@@ -196,7 +201,7 @@ class NamesToPrefixes:
         body = _parsed(content)
         name = body.get("model")
         entry = adapters.store.entries().get(name) if isinstance(name, str) else None
-        if entry is None:  # another model, or nothing that can be read: vLLM's to answer
+        if entry is None:  # another model, or not JSON: vLLM answers
             await self.app(scope, _replaying(content, receive), send)
             return
         assert isinstance(name, str)
@@ -206,7 +211,7 @@ class NamesToPrefixes:
                 _add_prefix(body, entry)
                 await self._check_length(scope, path, body, len(content), entry, adapters.max_model_len)
             except RefusedError as error:
-                await _error(str(error), HTTPStatus.BAD_REQUEST)(scope, receive, send)
+                await _refusal(error)(scope, receive, send)
                 return
             send = _naming(send, adapters.base_name, name)
         await self.app(*_with_body(scope, json.dumps(body).encode(), receive), send)
@@ -215,10 +220,10 @@ class NamesToPrefixes:
         self, scope: Message, path: str, body: dict[str, Any], size: int, entry: Entry, max_model_len: int
     ) -> None:
         """
-        Raise if a prompt leaves no room for the prefix. What is short in bytes is short in tokens and is not looked at.
+        Raise if a prompt leaves no room for the prefix. A request that is short in bytes is short in tokens, so it is not tokenized.
 
         Raises:
-            RefusedError: With the numbers.
+            RefusedError: If it leaves none.
         """
         if size + TEMPLATE_BYTES + entry.num_cached_tokens < max_model_len:
             return
@@ -230,7 +235,7 @@ class NamesToPrefixes:
                 )
 
     async def _prompt_lengths(self, scope: Message, path: str, body: dict[str, Any]) -> list[int]:
-        """How many tokens each prompt of a request has, told by the server itself."""
+        """Return the number of tokens of each prompt of a request, from the server's own `/tokenize`."""
         if path == "/v1/chat/completions":
             prompts: list[Any] = [body]
         else:
@@ -253,7 +258,9 @@ class NamesToPrefixes:
 
 
 TEMPLATE_BYTES = 4096
-"""What a chat template may add to a request, in bytes; a longer one only costs a clear message in rare cases."""
+"""
+How many bytes a chat template may add to a request. With a longer one, some prompts that are too long get vLLM's message instead.
+"""
 
 TOKENIZED = (
     "prompt",
@@ -264,11 +271,16 @@ TOKENIZED = (
     "chat_template_kwargs",
     "tools",
 )
-"""The fields of a request that make its prompt."""
+"""The fields of a request that determine its prompt."""
 
 
 def _add_prefix(body: dict[str, Any], entry: Entry) -> None:
-    """Let a request name a prefix, or raise if it asks for what a prefix does not have."""
+    """
+    Add a prefix to a request.
+
+    Raises:
+        RefusedError: If the request asks for something that cannot be had with a prefix in the cache.
+    """
     parameters = body.get("kv_transfer_params")
     body["kv_transfer_params"] = {**(parameters if isinstance(parameters, dict) else {}), PARAMETER: entry.digest}
     if not entry.num_cached_tokens:
@@ -278,25 +290,25 @@ def _add_prefix(body: dict[str, Any], entry: Entry) -> None:
     )
     if asks_for_prompt:
         raise RefusedError(
-            "There are no log-probabilities of a prompt behind an adapter's prefix: leave out `prompt_logprobs`, and `echo` with "
+            "This adapter gives no log-probabilities of the prompt. Leave out `prompt_logprobs`, and do not combine `echo` and "
             "`logprobs`."
         )
     if body.get("prompt_embeds") is not None:
-        raise RefusedError("An adapter's prefix needs a prompt of tokens: leave out `prompt_embeds`.")
+        raise RefusedError("This adapter needs a prompt of text or tokens. Leave out `prompt_embeds`.")
 
 
 def _naming(send: Send, base: str, name: str) -> Send:
     """
-    Let an answer name the adapter.
+    Replace the base model's name in an answer with the adapter's.
 
-    Both are written as JSON without spaces, and inside a string a quote is escaped: the bytes can be nothing else.
+    The answer is JSON without spaces, and quotes inside of strings are escaped, so these bytes occur only as the field `model`.
     """
     before, after = (f'"model":{json.dumps(each)}'.encode() for each in (base, name))
     start: Message = {}
 
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
-            start.update(message)  # its length is known only with the body
+            start.update(message)  # its content-length depends on the body
             return
         if message["type"] == "http.response.body":
             body = message.get("body", b"").replace(before, after)
@@ -333,7 +345,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _replaying(content: bytes, receive: Receive) -> Receive:
-    """Receive a body that has been read, and then what comes after it."""
+    """Return a `receive` that gives a body that has been read once more, and then continues with the original."""
     waiting = [content]
 
     async def replay() -> Message:
@@ -349,11 +361,11 @@ def _with_body(scope: Message, content: bytes, receive: Receive) -> tuple[Messag
 
 
 async def _answer(app: Any, scope: Message, content: bytes) -> bytes:
-    """Ask the application itself."""
+    """Send a request to the application, and return the body of its answer."""
     answer = b""
 
     async def receive() -> Message:
-        await asyncio.Event().wait()  # there is no client to go away
+        await asyncio.Event().wait()  # no client can disconnect
         raise AssertionError
 
     async def send(message: Message) -> None:

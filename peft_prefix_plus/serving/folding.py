@@ -1,4 +1,4 @@
-"""What vLLM can take of an adapter, made without the base model's weights: keys and values, turned to where they stand in a cache."""
+"""Turning an adapter into plain keys and values that vLLM can serve, without the base model's weights."""
 
 from __future__ import annotations
 
@@ -30,29 +30,28 @@ from .adapter_files import adapter_folder
 from .store import FoldedPrefix, KeyValues, Turning
 
 
-RETRAIN = (
-    "Train one by PrefixPlusConfig.servable(...), or by prefix-plus train --servable; transformers can use this one."
-)
-"""The way out for an adapter whose form vLLM cannot take."""
+RETRAIN = "Train one with PrefixPlusConfig.servable(...) or prefix-plus train --servable, or serve this one with --engine transformers."
+"""What to do about an adapter whose form vLLM cannot serve."""
 
 
 class UnservableError(ValueError):
-    """vLLM cannot serve a model's prefixes, or an adapter: the message says why, and what to do."""
+    """vLLM cannot serve an adapter, or any prefix of a model. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
     """
-    What must be known of a base model to serve its prefixes.
+    The facts about a base model that are needed to serve its prefixes.
 
     Attributes:
         name (`str`): The model's class, for errors.
         geometries (`Mapping[str, AttentionGeometry]`): Its attention modules, by name, in the model's order.
-        rotations (`Mapping[str, Rotation]`): How they rotate keys by their positions; empty if no one rotation is known.
-        turning (`Turning`, *optional*): How queries are turned back; `None` if they are not turned, or that is not known.
-        obstacle (`str`): Why its cache cannot take a prefix; empty if it can.
-        turning_obstacle (`str`): Why queries cannot be turned back; empty if they can, or need not.
-        num_tokens (`int`, *optional*): Up to how many tokens, prefix included, a prefix in the cache is exact.
+        rotations (`Mapping[str, Rotation]`): The rotation of keys by their positions, by module; empty if it is not known.
+        turning (`Turning`, *optional*): The rotation of queries; `None` if there is none, or it is not known.
+        obstacle (`str`): Why its cache cannot hold a prefix; empty if it can.
+        turning_obstacle (`str`): Why the rotation of queries cannot be undone; empty if it can, or there is none.
+        num_tokens (`int`, *optional*): The length of text, prefix included, up to which a prefix in the cache is exact; `None` if there is
+            no limit.
     """
 
     name: str
@@ -66,15 +65,18 @@ class ServedModel:
 
 def served_model(name: str, max_model_len: int | None = None, **hub_arguments: Any) -> ServedModel:
     """
-    Look at a base model, of which only the configuration is read.
+    Return the facts about a base model. Only its configuration is read.
 
     Args:
         name (`str`): A directory or a name on the Hub.
         max_model_len (`int`, *optional*): The longest text that is served, prefix included.
         hub_arguments: `revision`, `trust_remote_code` and so on, as for [`AutoConfig.from_pretrained`].
 
+    Returns:
+        `ServedModel`: The facts.
+
     Raises:
-        UnservableError: If vLLM cannot take any prefix for it.
+        UnservableError: If vLLM cannot serve any prefix of it.
     """
     config = AutoConfig.from_pretrained(name, **hub_arguments)
     return _look_at(config, max_model_len, hub_arguments.get("trust_remote_code"))
@@ -92,13 +94,12 @@ def _look_at(config: Any, max_model_len: int | None, trust_remote_code: bool | N
         num_tokens, reason = exact
         obstacle = (
             f"A cached prefix of {type(model).__name__} is exact in texts of up to {num_tokens} tokens only: "
-            f"{reason}. Serve no longer ones, by --max-model-len {num_tokens}, or train an "
-            "adapter with decoupled=True."
+            f"{reason}. Limit the texts with --max-model-len {num_tokens}, or train an adapter with decoupled=True."
         )
     elif not rotations:
         obstacle = (
-            f"The keys of a cached prefix move with the positions, and for {type(model).__name__} it is not known how: "
-            f"{turning_obstacle or 'positions are learned, or biases, not rotary'}. Train an adapter with decoupled=True."
+            f"A cached prefix needs rotary positions of a known form, which {type(model).__name__} does not have: "
+            f"{turning_obstacle or 'its positions are learned, or biases'}. Train an adapter with decoupled=True."
         )
     return ServedModel(
         type(model).__name__,
@@ -113,19 +114,22 @@ def _look_at(config: Any, max_model_len: int | None, trust_remote_code: bool | N
 
 def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> FoldedPrefix:
     """
-    Return an adapter as a server takes it: the scale and the reparameterization are multiplied in.
+    Return an adapter as plain keys and values, with the scale and the reparameterization multiplied in.
 
-    A joint prefix stands in the cache at positions 0 … L_p − 1, with the text after it. In training a query at position t meets its
-    key p as (R(t) q)ᵀ p. In the cache the query stands at t + L_p, and the key that it meets in the same way is R(L_p) p. The other
-    forms are added to attention, take no place, and stay as they are.
+    A joint prefix is in the cache at positions 0 … L_p − 1, before the text. In training, a query at position t scores its key p as
+    (R(t) q)ᵀ p. With the cache, the query is at position t + L_p, so the cached key R(L_p) p gets the same score. The other forms are
+    added to attention, so they take no positions and are not rotated.
 
     Args:
         adapter (`str`): A directory or a repository on the Hub, with an adapter of PREFIX_PLUS or PEFT's PREFIX_TUNING.
         model (`ServedModel`): The base model.
         hub_arguments: `revision`, `token` and so on, as for [`snapshot_download`].
 
+    Returns:
+        `FoldedPrefix`: The keys and values.
+
     Raises:
-        UnservableError: If vLLM cannot take the adapter: the message says why, and what to do.
+        UnservableError: If vLLM cannot serve the adapter. The message says why, and what to do.
         ValueError: If it is broken, or of another base model.
     """
     folder = adapter_folder(adapter, **hub_arguments)
@@ -138,7 +142,7 @@ def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> FoldedPrefix
         return FoldedPrefix(_fold_prefix_tuning(adapter, model, config, state_dict))
     if config.peft_type != PREFIX_PLUS:
         raise UnservableError(
-            f"The adapter {adapter!r} is one of {PeftType(config.peft_type).value}; PREFIX_PLUS and PREFIX_TUNING are served here."
+            f"{adapter!r} is a {PeftType(config.peft_type).value} adapter; prefix-plus serves PREFIX_PLUS and PREFIX_TUNING adapters."
         )
     reason = _why_not(model, config)
     if reason is not None:
@@ -167,11 +171,14 @@ def why_not_served(model_config: Any, config: PrefixPlusConfig) -> str | None:
 
     Args:
         model_config (`PreTrainedConfig`): The base model's configuration.
-        config (`PrefixPlusConfig`): The adapter's, as it is on that model.
+        config (`PrefixPlusConfig`): The adapter's configuration, as resolved on that model.
+
+    Returns:
+        `str`, *optional*: The reason.
     """
     try:
         return _why_not(_look_at(model_config, None), config)
-    except Exception as error:  # noqa: BLE001 - models raise anything, and whoever trains does not wait for an answer
+    except Exception as error:  # noqa: BLE001 - models raise anything, and training must not end for it
         return str(error)
 
 
@@ -181,18 +188,16 @@ def _is_joint(config: PrefixPlusConfig) -> bool:
 
 def _why_not(model: ServedModel, config: PrefixPlusConfig) -> str | None:
     if config.modules_to_save:
-        return (
-            f"it has modules of its own, {', '.join(config.modules_to_save)}, which are no part of a prefix. {RETRAIN}"
-        )
+        return f"it has modules of its own (`modules_to_save`: {', '.join(config.modules_to_save)}), which a prefix cannot hold. {RETRAIN}"
     if not _is_joint(config):
         return model.turning_obstacle or None if config.position_free else None
     if config.position_free is not False:
         return (
-            "it is position-free in the softmax of the real tokens: it meets queries that are not rotated, and a cache is read by "
-            f"rotated ones. {RETRAIN}"
+            "it is position-free and joint: it needs queries that are not rotated, and rotated queries read the cache. "
+            f"{RETRAIN}"
         )
     if any(value is not None for value in (config.layers_to_transform, config.target_modules, config.exclude_modules)):
-        return f"it chooses layers or modules, and a cache has the same tokens in all of them. {RETRAIN}"
+        return f"it chooses layers or modules, and a cache has the same tokens in every layer. {RETRAIN}"
     if model.obstacle:
         return model.obstacle
     return _too_long(model, config.num_virtual_tokens)
@@ -201,14 +206,17 @@ def _why_not(model: ServedModel, config: PrefixPlusConfig) -> str | None:
 def _too_long(model: ServedModel, length: int) -> str | None:
     if model.num_tokens is None or length < model.num_tokens:
         return None
-    return f"its {length} virtual tokens leave no room in the {model.num_tokens} tokens up to which {model.name} takes a cached prefix."
+    return (
+        f"its {length} virtual tokens leave no room in the {model.num_tokens} tokens up to which a cached prefix of {model.name} is "
+        "exact. Train a shorter one, or one with decoupled=True."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
 def _check_layers(model: Any, geometries: Mapping[str, AttentionGeometry]) -> None:
-    """Raise unless every layer of a model has one attention module, whose keys and values a cache holds as they are."""
+    """Raise unless every layer of a model has one attention module, and the cache holds its keys and values unchanged."""
     kind, num_layers = type(model).__name__, model.config.get_text_config().num_hidden_layers
     layers = [layer_of(name, None)[1] for name in geometries]
     if layers != list(range(num_layers)) or set(geometries) != set(attention_modules(model)):
@@ -229,10 +237,11 @@ def _positions(
     model: Any, geometries: Mapping[str, AttentionGeometry]
 ) -> tuple[dict[str, Rotation], Turning | None, str]:
     """
-    Tell how keys are rotated by their positions, and queries turned back.
+    Find the rotation of keys and queries by their positions.
 
     Returns:
-        `tuple`: The rotations by module, none if no one is known; how queries are turned back; why that is not known.
+        `tuple`: The rotations of keys by module, empty if they are not known; the rotation of queries, or `None`; the reason why it is
+            not known, or "".
     """
     for name, geometry in geometries.items():
         if geometry.obstacle:
@@ -250,7 +259,7 @@ def _positions(
             None,
             f"its rotary frequencies, of type {embeddings[0].rope_type!r}, depend on the length of the text",
         )
-    with torch.device("cpu"):  # the model's own has no memory
+    with torch.device("cpu"):  # the model's own is on the meta device
         embedding = type(embeddings[0])(config)
     frequencies, rotation = tuple(embedding.inv_freq.double().tolist()), next(iter(rotating.values()))
     rotations = {}
@@ -281,7 +290,7 @@ def _produce(
     config: PrefixPlusConfig, geometries: Mapping[str, AttentionGeometry], state_dict: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
     """
-    Return the prefix, (kv_heads, tokens, dim) each, and the gate, (query_heads,), that an adapter's checkpoint makes in each module.
+    Compute an adapter's prefix, (kv_heads, tokens, dim) each, and gate, (query_heads,), in each module from its checkpoint.
 
     Raises:
         ValueError: If the checkpoint does not fit.
@@ -317,13 +326,13 @@ def _produce(
 
 
 ADAPTER = "default"
-"""What stands for the adapter's name, which a checkpoint does not have."""
+"""The adapter's name here; a checkpoint has none."""
 
 
 def _prefixed(
     config: PrefixPlusConfig, geometries: Mapping[str, AttentionGeometry], state_dict: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """The modules that an adapter prefixes: all, or if it chooses, those that its checkpoint has."""
+    """Return the modules that an adapter prefixes: all, or if it chooses some, those in its checkpoint."""
     if config.layers_to_transform is None and config.target_modules is None and config.exclude_modules is None:
         return list(geometries)
     starts = {name: f"base_model.model.{name}.{METHOD_NAME}." for name in geometries}
@@ -333,7 +342,7 @@ def _prefixed(
 def _fold_prefix_tuning(
     adapter: str, model: ServedModel, config: Any, state_dict: Mapping[str, torch.Tensor]
 ) -> KeyValues:
-    """Return the keys and values of PEFT's own method, which it puts into the cache itself: nothing has to be rotated."""
+    """Return the keys and values of a PREFIX_TUNING adapter. PEFT puts them into the cache unchanged, so they are not rotated."""
     embeddings = state_dict.get(PROMPT_EMBEDDINGS)
     shape = next(iter(model.geometries.values())).shape
     layers, length = len(model.geometries), config.num_virtual_tokens
@@ -346,7 +355,7 @@ def _fold_prefix_tuning(
         )
     if not embeddings.is_floating_point() or not bool(embeddings.isfinite().all()):
         raise ValueError(
-            f"The PREFIX_TUNING adapter {adapter!r} has numbers that are not finite. Load an earlier checkpoint."
+            f"The PREFIX_TUNING adapter {adapter!r} has numbers that are not finite. Use an earlier checkpoint."
         )
     reason = model.obstacle if model.num_tokens is not None and model.obstacle else _too_long(model, length)
     if reason:

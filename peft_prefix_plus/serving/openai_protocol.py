@@ -1,7 +1,7 @@
 """
-The part of the OpenAI protocol that `transformers_app` speaks: requests, answers and errors, as vLLM's server has them.
+The part of the OpenAI protocol that this package implements: requests, answers and errors, in the form of vLLM's server.
 
-What a request asks for and the server cannot do is refused by name; nothing is passed over in silence.
+A request for something that the server cannot do is refused with an error that names the field. Nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticSerializationError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
+
+from ..config import shortened
 
 
 class Body(BaseModel):
@@ -34,14 +36,14 @@ class Body(BaseModel):
 
 
 class LoadRequest(Body):
-    """What `/v1/load_prefix_adapter` takes: the adapter's name, and its directory or repository on the Hub."""
+    """The body of `/v1/load_prefix_adapter`: the adapter's name, and its directory or repository on the Hub."""
 
     name: str
     path: str
 
 
 class UnloadRequest(Body):
-    """What `/v1/unload_prefix_adapter` takes."""
+    """The body of `/v1/unload_prefix_adapter`."""
 
     name: str
 
@@ -66,14 +68,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-"""Fields that this server has no other values for than these, which ask for nothing."""
+"""Fields that this server does not support, with the values that ask for nothing and are accepted."""
 
 WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user")
-"""Fields that say something about the client."""
+"""Fields that are accepted and have no effect: they describe the client."""
 
 
 class StreamOptions(BaseModel):
-    """`stream_options`."""
+    """The field `stream_options`: whether a stream ends with the numbers of tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -82,7 +84,10 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(Body):
-    """What requests of both kinds have. `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `return_token_ids` are vLLM's, and mean the same."""
+    """
+    The fields of both kinds of request. `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `return_token_ids` are vLLM's
+    additions.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -109,16 +114,16 @@ class GenerationRequest(Body):
                 for neutral in NEUTRAL.get(name, ())
             )
             if value is not None and name not in WITHOUT_EFFECT and not is_neutral:
-                raise ValueError(f"`{name}` = {_shortened(value)} is not supported by this server. Leave it out.")
+                raise ValueError(f"`{name}` = {shortened(repr(value))} is not supported by this server. Leave it out.")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is for streams only. Leave it out, or set `stream` to true.")
+            raise ValueError("`stream_options` needs a stream. Leave it out, or set `stream` to true.")
         if any(not stop for stop in self.stop_strings):
-            raise ValueError("`stop` has an empty string. Leave it out.")
+            raise ValueError("`stop` contains an empty string. Leave that out.")
         return self
 
     @property
     def stop_strings(self) -> list[str]:
-        """The stop strings."""
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
@@ -128,13 +133,13 @@ class GenerationRequest(Body):
 
 
 class CompletionRequest(GenerationRequest):
-    """What `/v1/completions` takes."""
+    """The body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, of which each gets an answer."""
+        """The prompts as a list; each gets an answer."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -143,7 +148,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class Message(BaseModel):
-    """A message of a conversation. What else it has is the chat template's."""
+    """A message of a conversation. Further fields are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -151,7 +156,7 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """Return it as chat templates take it, with its parts as one text."""
+        """Return the message as a dictionary for a chat template, with its parts joined into one text."""
         message = self.model_dump(exclude_unset=True)
         if isinstance(self.content, list):
             message["content"] = "\n".join(part.text for part in self.content)
@@ -159,14 +164,14 @@ class Message(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatRequest(GenerationRequest):
-    """What `/v1/chat/completions` takes."""
+    """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -191,19 +196,14 @@ NO_VARIABLES = {*signature(PreTrainedTokenizerBase.apply_chat_template).paramete
 """The arguments of a tokenizer that say what to do with a template's text."""
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
 class RefusedError(Exception):
     """
     A request that cannot be answered.
 
     Args:
-        message (`str`): What was found, what was expected, what to do.
-        status (`HTTPStatus`): The answer's status.
-        param (`str`, *optional*): The field that is wrong.
+        message (`str`): The message for the client.
+        status (`HTTPStatus`, defaults to `HTTPStatus.BAD_REQUEST`): The status of the answer.
+        param (`str`, *optional*): The name of the wrong field.
     """
 
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, param: str | None = None) -> None:
@@ -212,9 +212,32 @@ class RefusedError(Exception):
         self.status = status
         self.param = param
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return error_content(self.message, self.status, self.param)
+
+
+def loading_forbidden() -> RefusedError:
+    """Return the error for clients that load or unload adapters without permission."""
+    return RefusedError(
+        "This server does not let clients load or unload adapters. Start it with --may-load to allow it.",
+        HTTPStatus.FORBIDDEN,
+    )
+
+
+def unknown_adapter(name: str) -> RefusedError:
+    """Return the error for unloading an adapter that is not there."""
+    return RefusedError(f"There is no adapter named {name!r}.", HTTPStatus.NOT_FOUND, "name")
+
+
+def unservable_adapter(error: Exception) -> RefusedError:
+    """Return the error for loading an adapter that raises an error."""
+    return RefusedError(f"The adapter cannot be served. {error}")
+
 
 def error_content(message: str, status: HTTPStatus, param: str | None = None) -> dict[str, Any]:
-    """Return an error as clients expect it."""
+    """Return the body of an error, as OpenAI's clients expect it."""
     kind = status.phrase.replace(" ", "").removesuffix("Error") + "Error"
     return {"error": {"message": message, "type": kind, "param": param, "code": status.value}}
 
@@ -242,7 +265,14 @@ class Answers:
         }
 
     def whole(self, texts: Sequence[str], token_ids: Sequence[list[int]], reasons: Sequence[str]) -> dict[str, Any]:
-        """Return the one answer to a request without a stream."""
+        """
+        Return the answer to a request without a stream.
+
+        Args:
+            texts (`Sequence[str]`): The text for each prompt.
+            token_ids (`Sequence[list[int]]`): Its tokens.
+            reasons (`Sequence[str]`): Why each text ends.
+        """
         choices = []
         for index, text in enumerate(texts):
             content: dict[str, Any] = (
@@ -257,7 +287,7 @@ class Answers:
         }
 
     def beginnings(self) -> list[dict[str, Any]]:
-        """Return the chunks that a stream begins with."""
+        """Return the first chunks of a stream."""
         if not self._is_chat:
             return []
         return [
@@ -266,12 +296,20 @@ class Answers:
         ]
 
     def piece(self, index: int, text: str, token_ids: list[int], reason: str | None) -> dict[str, Any]:
-        """Return a chunk with some text."""
+        """
+        Return a chunk with a piece of text.
+
+        Args:
+            index (`int`): The index of the prompt.
+            text (`str`): The piece.
+            token_ids (`list[int]`): Its tokens.
+            reason (`str`, *optional*): Why the text ends, in its last piece.
+        """
         content: dict[str, Any] = {"delta": {"content": text}} if self._is_chat else {"text": text}
         return self._chunk([self._choice(index, content, token_ids, reason)])
 
     def endings(self, num_tokens: int) -> list[dict[str, Any]]:
-        """Return the chunks that a stream ends with."""
+        """Return the last chunks of a stream that has generated this many tokens."""
         return [{**self._chunk([]), "usage": self._usage(num_tokens)}] if self._includes_usage else []
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """
-The folder from which a server's processes take their adapters.
+The folder of adapters that the processes of a server share.
 
     <sha256>.safetensors    one prefix: `layers.<i>.key` and `layers.<i>.value`, (kv_heads, tokens, dim) each, and for a gated one
                             `layers.<i>.gate`, (query_heads,); its form and the rest of [`FoldedPrefix`] as JSON in the metadata
-    adapters.json           which prefix each name stands for
+    adapters.json           the prefix of each name
 
-A file is named by what is in it. So a name that gets another prefix never meets cached blocks of the old one, and two names of the
-same prefix share them.
+A file is named by the hash of its content. So when a name gets another prefix, it never uses cached blocks of the old one, and two names
+of the same prefix share their blocks.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FORMS = ("joint", "decoupled", "gated")
 @dataclass(frozen=True)
 class Turning:
     """
-    How rotary positions have turned the queries that a position-free prefix meets as they were before.
+    The rotary rotation of the queries, which a position-free prefix needs undone.
 
     Attributes:
         frequencies (`tuple[float, ...]`): The angle per position of each plane.
-        factor (`float`): What the rotated queries are multiplied with (YaRN).
+        factor (`float`): The factor on the rotated queries (YaRN).
         is_interleaved, is_clockwise, is_last (`bool`): As in [`QueryRotation`].
-        layers (`tuple[int, ...]`): The layers whose queries are turned.
+        layers (`tuple[int, ...]`): The layers whose queries are rotated.
     """
 
     frequencies: tuple[float, ...]
@@ -59,14 +59,14 @@ class Turning:
 @dataclass(frozen=True)
 class FoldedPrefix:
     """
-    An adapter without scale and reparameterization, as a server takes it.
+    A prefix ready to serve: plain keys and values, with the scale and the reparameterization multiplied in.
 
     Attributes:
-        key_values (`KeyValues`): Its keys and values. Those of a joint prefix are as they stand in a cache, at positions
-            0 … num_virtual_tokens − 1; those of the other forms are as the queries meet them.
-        form (`str`): `"joint"`, in the softmax of the real tokens, or what is added to their attention: `"decoupled"` or `"gated"`.
-        gates (`Mapping[int, torch.Tensor]`): By layer, the gates of a gated prefix, (query_heads,).
-        turning (`Turning`, *optional*): What is to be undone of the queries that a position-free prefix meets.
+        key_values (`KeyValues`): Its keys and values. Those of a joint prefix are rotated for a cache, at positions
+            0 … num_virtual_tokens − 1. Those of the other forms are unchanged.
+        form (`str`): `"joint"`, in the softmax of the real tokens, or `"decoupled"` or `"gated"`, added to attention.
+        gates (`Mapping[int, torch.Tensor]`): The gates of a gated prefix by layer, (query_heads,).
+        turning (`Turning`, *optional*): The rotation of the queries to undo, for a position-free prefix.
     """
 
     key_values: KeyValues
@@ -81,25 +81,25 @@ class FoldedPrefix:
 
     @property
     def num_cached_tokens(self) -> int:
-        """How many tokens it takes of the context: what is added to attention takes none."""
+        """How many tokens of the context it takes; 0 if it is added to attention."""
         return self.num_virtual_tokens if self.form == "joint" else 0
 
 
 NAMES = "adapters.json"
 KEPT_SECONDS = 3600.0
-"""How long a prefix is kept after its last name is gone."""
+"""How long a prefix without a name is kept."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Entry:
     """
-    An adapter that can be asked for.
+    An adapter with a name.
 
     Attributes:
-        digest (`str`): The name of its prefix's file.
+        digest (`str`): The hash of its prefix, which names the file.
         form (`str`): The form of the prefix.
-        num_cached_tokens (`int`): How many tokens it takes of the context.
+        num_cached_tokens (`int`): How many tokens of the context it takes.
         source (`str`): The directory or repository that it came from.
     """
 
@@ -114,7 +114,10 @@ class PrefixStore:
     The adapters of a server, in a folder that all its processes read.
 
     Args:
-        directory (`str` or `os.PathLike`): The folder, which exists. With several machines, one that all of them see.
+        directory (`str` or `os.PathLike`): The folder, which must exist. Several machines need one that all of them can access.
+
+    Raises:
+        ValueError: If it does not exist.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -125,7 +128,7 @@ class PrefixStore:
         self._seen: tuple[int, int] | None = None
 
     def entries(self) -> dict[str, Entry]:
-        """Return the adapters by name. The file is read again only after another process has changed it."""
+        """Return the adapters by name. The file is read again only after it has changed."""
         try:
             status = os.stat(self.directory / NAMES)
         except FileNotFoundError:
@@ -139,12 +142,15 @@ class PrefixStore:
 
     def add(self, name: str, prefix: FoldedPrefix, source: str) -> Entry:
         """
-        Let a name stand for a prefix, whatever it stood for before.
+        Store a prefix under a name. A prefix that had the name loses it.
 
         Args:
             name (`str`): The name.
             prefix (`FoldedPrefix`): The prefix.
-            source (`str`): Where the adapter came from.
+            source (`str`): The adapter's directory or repository, to show to clients.
+
+        Returns:
+            `Entry`: The entry of the name.
         """
         tensors = {f"layers.{layer}.gate": gate.contiguous() for layer, gate in prefix.gates.items()}
         for layer, (key, value) in prefix.key_values.items():
@@ -157,7 +163,9 @@ class PrefixStore:
             "num_cached_tokens": prefix.num_cached_tokens,
             "turning": turning,
         }
-        content = save(tensors, metadata={"about": json.dumps(about)})  # one entry: several have no order
+        content = save(
+            tensors, metadata={"about": json.dumps(about)}
+        )  # one entry, because the order of several is random
         entry = Entry(hashlib.sha256(content).hexdigest(), prefix.form, prefix.num_cached_tokens, source)
         with self._changing() as entries:
             if not self._path(entry.digest).exists():
@@ -170,10 +178,10 @@ class PrefixStore:
 
     def remove(self, name: str) -> None:
         """
-        Let a name stand for nothing.
+        Remove a name.
 
         Raises:
-            KeyError: If there is no adapter of that name.
+            KeyError: If no adapter has the name.
         """
         with self._changing() as entries:
             before = entries.pop(name)
@@ -185,7 +193,7 @@ class PrefixStore:
         Return the form of a prefix, and how many tokens of the context it takes.
 
         Raises:
-            ValueError: If there is no such prefix.
+            ValueError: If no readable prefix has this digest.
         """
         with self._opened(digest) as file:
             about = _about(file)
@@ -193,10 +201,10 @@ class PrefixStore:
 
     def load(self, digest: str) -> FoldedPrefix:
         """
-        Return a prefix.
+        Return the prefix of a digest.
 
         Raises:
-            ValueError: If there is no such prefix.
+            ValueError: If no readable prefix has this digest.
         """
         with self._opened(digest) as file:
             about = _about(file)
@@ -221,7 +229,7 @@ class PrefixStore:
 
     def _path(self, digest: str) -> Path:
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-            raise ValueError(f"A prefix is named by 64 hexadecimal digits, got {str(digest)[:100]!r}.")
+            raise ValueError(f"The digest of a prefix must be 64 hexadecimal digits, got {str(digest)[:100]!r}.")
         return self.directory / f"{digest}.safetensors"
 
     @contextmanager
@@ -231,12 +239,12 @@ class PrefixStore:
                 yield file
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
-                f"The prefix {digest} cannot be read: {error}. Its adapter may have been removed."
+                f"The prefix {digest} cannot be read: {error}. If its adapter has been removed, load it again."
             ) from error
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Entry]]:
-        """Give the adapters to one process at a time to change."""
+        """Lock the folder, and yield the adapters by name to change."""
         with open(self.directory / ".lock", "a", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield dict(self.entries())
@@ -246,7 +254,7 @@ class PrefixStore:
         self._write(self.directory / NAMES, content.encode())
 
     def _drop_unnamed(self, before: Entry | None, entries: Mapping[str, Entry]) -> None:
-        """Remove the files that no name has stood for since a while: requests that still run may need them."""
+        """Remove the files that have had no name for `KEPT_SECONDS`. Running requests may need newer ones."""
         named = {entry.digest for entry in entries.values()}
         if before is not None and before.digest not in named:
             os.utime(self._path(before.digest))

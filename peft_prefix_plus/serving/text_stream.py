@@ -1,4 +1,4 @@
-"""Tokens that come one by one, as text that is ready to be shown."""
+"""Turning tokens that arrive one by one into text that can be shown."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Any
 
 
 INCOMPLETE = "\ufffd"
-"""What a tokenizer writes for bytes that are no character yet."""
+"""A tokenizer's output for bytes that are not a whole character yet."""
 
 
 class TextStream:
     """
-    The text of tokens, up to the first of some stop strings.
+    The text of tokens, up to the first stop string.
 
-    A piece is given once no later token can change it: when its last character is complete, and it can be the beginning of no stop
-    string. The pieces together are the whole text.
+    A piece of text is released when no later token can change it: its last character is complete, and its end cannot be the
+    beginning of a stop string. The pieces joined are the whole text.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        stop (`Sequence[str]`): Where the text ends; they are not part of it.
+        stop (`Sequence[str]`): The stop strings. The text ends before the first of them.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._tokens: list[int] = []
-        # The text of tokens depends on those before (a space in front of a word). So new tokens are decoded behind some that have
-        # been decoded before: those from `_context` on, of which the ones before `_decoded` are known.
+        # The text of a token depends on the tokens before it (a space in front of a word). So new tokens are decoded together with
+        # some old ones: those from `_context` up to `_decoded`.
         self._context = 0
         self._decoded = 0
         self._held = ""
         self.has_stopped = False
 
     def add(self, token: int) -> str:
-        """Add a token, and return the text that is ready now. After a stop string there is no more."""
+        """Add a token, and return the text that is ready now. After a stop string this is empty."""
         self._tokens.append(token)
         return self._release(self._new_text(is_last=False), is_last=False)
 
     def end(self) -> str:
-        """Return the rest of the text, when there are no more tokens."""
+        """Return the rest of the text. No token may be added afterwards."""
         return self._release(self._new_text(is_last=True), is_last=True)
 
     def _new_text(self, is_last: bool) -> str:
-        """Return the text of the tokens that are not decoded yet; nothing if it may still change."""
+        """Return the text of the tokens that are not decoded yet, or "" if it may still change."""
         known = self._decode(self._tokens[self._context : self._decoded])
         text = self._decode(self._tokens[self._context :])
         if text.endswith(INCOMPLETE) and not is_last:
@@ -57,7 +57,7 @@ class TextStream:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _release(self, new: str, is_last: bool) -> str:
-        """Return what of the held and the new text can be shown."""
+        """Return the part of the held and the new text that can be shown."""
         if self.has_stopped:
             return ""
         text = self._held + new
@@ -71,7 +71,7 @@ class TextStream:
         return text[:ready]
 
     def _num_held(self, text: str) -> int:
-        """How many characters at the end may begin a stop string."""
+        """Return how many characters at the end may begin a stop string."""
         lengths = [
             length
             for stop in self._stop

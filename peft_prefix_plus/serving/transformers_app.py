@@ -1,7 +1,7 @@
 """
-A model and its adapters as models of an OpenAI-compatible server, computed by transformers: what `endpoints` is for vLLM.
+The web app of the engine transformers: the base model and its adapters as models of an OpenAI-compatible server.
 
-The event loop reads requests and writes answers; the model runs in the thread of a [`Batcher`].
+The event loop reads requests and writes answers. The model runs in the thread of a [`Batcher`].
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from .openai_protocol import (
     RefusedError,
     UnloadRequest,
     error_content,
+    loading_forbidden,
+    unknown_adapter,
+    unservable_adapter,
 )
 from .text_stream import TextStream
 
@@ -45,21 +48,21 @@ from .text_stream import TextStream
 logger = logging.getLogger(__name__)
 
 COMPLETION_TOKENS = 16
-"""How many tokens a completion has that does not ask for a number, as in OpenAI's API."""
+"""The default of `max_tokens` for completions, as in OpenAI's API."""
 
 CHAT_TOKENS = 2048
-"""How many tokens an answer in a conversation has, likewise, if there is no end to the model's positions."""
+"""The default of `max_tokens` for chats, if the length of texts has no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AppSettings:
     """
-    What an app answers, and to whom.
+    The limits and permissions of an app.
 
     Attributes:
         max_model_len (`int`, *optional*): The most tokens of a prompt and its answer; `None` if there is no limit.
-        may_load (`bool`): Whether clients may load and unload adapters.
-        api_key (`str`, *optional*): What requests must be authorized by.
+        may_load (`bool`, defaults to `False`): Whether clients may load and unload adapters.
+        api_key (`str`, *optional*): The key that clients must send; `None` if they need none.
     """
 
     max_model_len: int | None = None
@@ -74,11 +77,14 @@ def make_app(
     Return the app.
 
     Args:
-        model (`AdaptedModel`): The model, which the batcher owns: only names are looked up here.
-        batcher (`Batcher`): What runs it. The app starts and stops it.
+        model (`AdaptedModel`): The model. The batcher owns it; the app only looks up names.
+        batcher (`Batcher`): Runs the model. The app starts and stops it.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        encode (`Callable[[str], list[int]]`): Makes a prompt's tokens.
-        settings (`AppSettings`): The rest.
+        encode (`Callable[[str], list[int]]`): Turns a prompt into tokens.
+        settings (`AppSettings`): The limits and permissions.
+
+    Returns:
+        `FastAPI`: The app.
     """
     endpoints = _Endpoints(model, batcher, tokenizer, encode, settings)
 
@@ -107,11 +113,11 @@ def make_app(
 
 class StoppingServer(uvicorn.Server):
     """
-    A server whose batcher stops first, so that requests that run are told.
+    A server that stops its batcher first, so that running requests end with an error instead of a broken connection.
 
     Args:
-        config (`uvicorn.Config`): What to serve.
-        batcher (`Batcher`): The batcher of its app.
+        config (`uvicorn.Config`): The app and its address.
+        batcher (`Batcher`): The app's batcher.
     """
 
     def __init__(self, config: uvicorn.Config, batcher: Batcher) -> None:
@@ -119,7 +125,7 @@ class StoppingServer(uvicorn.Server):
         self._batcher = batcher
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop."""
+        """Stop the batcher, then the server."""
         await asyncio.to_thread(self._batcher.stop)
         await super().shutdown(sockets)
 
@@ -138,7 +144,7 @@ class _Endpoints:
         self._model = model
         self._batcher = batcher
         self._tokenizer = tokenizer
-        self._decoder = copy.deepcopy(tokenizer)  # the model's thread has one for itself
+        self._decoder = copy.deepcopy(tokenizer)  # for the batcher's thread: tokenizers are not safe for threads
         self._encode = encode
         self._settings = settings
         self._created = int(time.time())
@@ -146,11 +152,14 @@ class _Endpoints:
         self._vocabulary = model.base_model.get_input_embeddings().num_embeddings
 
     async def authorize(self, request: Request) -> None:
-        """Refuse a request without the key."""
+        """Raise unless a request has the API key."""
         key = self._settings.api_key
         given = request.headers.get("authorization", "")
         if key is not None and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise RefusedError("The API key is missing or wrong.", HTTPStatus.UNAUTHORIZED)
+            raise RefusedError(
+                "The API key is missing or wrong. Send the header `Authorization: Bearer KEY`.",
+                HTTPStatus.UNAUTHORIZED,
+            )
 
     async def health(self) -> Response:
         """Handle GET /health."""
@@ -180,7 +189,9 @@ class _Endpoints:
         try:
             return self._model.find(name)
         except KeyError:
-            raise RefusedError(f"The model `{name}` does not exist.", HTTPStatus.NOT_FOUND, "model") from None
+            raise RefusedError(
+                f"The model `{name}` does not exist. /v1/models lists the models.", HTTPStatus.NOT_FOUND, "model"
+            ) from None
 
     async def load(self, body: LoadRequest) -> dict[str, Any]:
         """Handle POST /v1/load_prefix_adapter."""
@@ -194,7 +205,7 @@ class _Endpoints:
         except Exception as error:
             # whatever a broken file raises, the server goes on
             logger.warning("The adapter %r is refused: %s", body.path, error)
-            raise RefusedError(f"The adapter cannot be served. {error}") from error
+            raise unservable_adapter(error) from error
         return {"name": body.name}
 
     async def unload(self, body: UnloadRequest) -> dict[str, Any]:
@@ -203,15 +214,12 @@ class _Endpoints:
         try:
             await asyncio.wrap_future(self._batcher.change(lambda model: model.unload(body.name)))
         except KeyError:
-            raise RefusedError(f"There is no adapter named {body.name!r}.", HTTPStatus.NOT_FOUND, "name") from None
+            raise unknown_adapter(body.name) from None
         return {"name": body.name}
 
     def _check_may_load(self) -> None:
         if not self._settings.may_load:
-            raise RefusedError(
-                "Adapters cannot be loaded or unloaded while this server runs. Start it with --may-load if its clients may.",
-                HTTPStatus.FORBIDDEN,
-            )
+            raise loading_forbidden()
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Handle POST /v1/completions."""
@@ -232,11 +240,11 @@ class _Endpoints:
         return await self._answer(body, request, [prompt], num_tokens)
 
     def _conversation(self, body: ChatRequest, adapter: LoadedAdapter) -> list[int]:
-        """Return a conversation's tokens, by the adapter's own template if it has one."""
+        """Return a conversation's tokens, with the adapter's chat template or else the base model's."""
         template = adapter.chat_template or self._tokenizer.chat_template
         if template is None:
             raise RefusedError(
-                "The model's tokenizer has no chat template. Use /v1/completions, or serve the model's instruction-tuned version."
+                "The model's tokenizer has no chat template. Use /v1/completions, or serve an instruction-tuned model."
             )
         try:
             encoded = self._tokenizer.apply_chat_template(
@@ -249,16 +257,17 @@ class _Endpoints:
                     "return_dict": True,
                 },
             )
-        except Exception as error:  # whatever a template raises
-            raise RefusedError(f"The chat template does not take the messages: {error}", param="messages") from error
+        except Exception as error:  # a template can raise anything
+            raise RefusedError(f"The chat template refuses the messages: {error}", param="messages") from error
         return list(encoded["input_ids"])
 
     def _check_prompt(self, prompt: list[int], num_tokens: int) -> None:
         if not prompt:
-            raise RefusedError("A prompt has no tokens. Give at least one.", param="prompt")
+            raise RefusedError("The prompt has no tokens. Give at least one.", param="prompt")
         if not 0 <= min(prompt) <= max(prompt) < self._vocabulary:
             raise RefusedError(
-                f"A prompt has the tokens {min(prompt)} to {max(prompt)}, but the model's are 0 to {self._vocabulary - 1}.",
+                f"The prompt has token ids from {min(prompt)} to {max(prompt)}; the model's are 0 to {self._vocabulary - 1}. Use the model's "
+                "own tokenizer.",
                 param="prompt",
             )
         limit = self._settings.max_model_len
@@ -270,7 +279,7 @@ class _Endpoints:
             )
 
     def _sampling(self, body: GenerationRequest) -> Sampling:
-        """Return a request's sampling; what it does not say is as the model's settings of generation have it."""
+        """Return a request's sampling. Fields that it leaves out come from the model's `generation_config`."""
 
         def first(name: str, default: float) -> Any:
             values = (getattr(body, name), getattr(self._defaults, name, None), default)
@@ -329,7 +338,7 @@ class _Endpoints:
 
 async def _steps(num_rows: int, progress: asyncio.Queue[Progress]) -> AsyncIterator[Progress]:
     """
-    Yield what becomes of rows until all are over.
+    Yield the messages of rows until all are over.
 
     Raises:
         RefusedError: If one fails.
@@ -356,7 +365,7 @@ async def _events(rows: Sequence[Row], progress: asyncio.Queue[Progress], answer
             yield _event(chunk)
     except RefusedError as error:  # too late for a status
         yield _event(error_content(error.message, error.status))
-    finally:  # if the client has left, too
+    finally:  # also if the client has left
         for row in rows:
             row.cancel()
     yield "data: [DONE]\n\n"
@@ -369,7 +378,7 @@ def _event(content: dict[str, Any]) -> str:
 async def _whole_answer(
     rows: Sequence[Row], progress: asyncio.Queue[Progress], answers: Answers, request: Request
 ) -> Response:
-    """Return the answer when all of it is there, unless the client leaves before."""
+    """Return the answer when it is complete. If the client leaves before, cancel the rows."""
     collecting = asyncio.ensure_future(_collect(rows, progress, answers))
     leaving = asyncio.ensure_future(_left(request))
     try:
@@ -396,14 +405,14 @@ async def _collect(rows: Sequence[Row], progress: asyncio.Queue[Progress], answe
 
 
 async def _left(request: Request) -> None:
-    """Return when a request's client is gone."""
+    """Wait until a request's client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _show_refusal(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
-    return JSONResponse(error_content(error.message, error.status, error.param), status_code=error.status)
+    return JSONResponse(error.content, status_code=error.status)
 
 
 async def _show_stop(_request: Request, error: Exception) -> Response:

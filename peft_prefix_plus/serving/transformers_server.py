@@ -1,4 +1,4 @@
-"""Starting an OpenAI-compatible server of one transformers model with adapters of every form."""
+"""Starting the engine transformers: an OpenAI-compatible server of one model and its adapters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .adapter_files import adapter_folder
 
 
 SHUTDOWN_SECONDS = 5
-"""How long answers may take on their way when the server is to stop."""
+"""How long a stopping server waits for answers that are being sent."""
 
 PACKAGES = ("fastapi", "uvicorn")
 
 
 def check_installed() -> None:
     """
-    Raise unless what the server needs is there.
+    Raise unless the server's packages are installed.
 
     Raises:
-        ModuleNotFoundError: If it is not.
+        ModuleNotFoundError: If one is missing.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"The engine transformers needs {' and '.join(missing)}, which is not installed. Install it by pip install "
-            '"peft-prefix-plus[serve]".'
+            f"The engine transformers needs {' and '.join(missing)}. Install with: pip install "
+            '"peft-prefix-plus[serve]"'
         )
 
 
@@ -38,17 +38,20 @@ def load_adapters(base_model: Any, base_name: str, adapters: Mapping[str, str]) 
 
     Args:
         base_model (`PreTrainedModel`): The base model.
-        base_name (`str`): The name by which clients ask for it.
-        adapters (`Mapping[str, str]`): A directory or a name on the Hub by the name that clients use.
+        base_name (`str`): Its name for clients.
+        adapters (`Mapping[str, str]`): The adapters, directories or names on the Hub, by their names for clients.
+
+    Returns:
+        `AdaptedModel`: The model with its adapters.
 
     Raises:
-        ValueError: If one cannot be loaded: the message says which.
+        ValueError: If an adapter cannot be loaded. The message names it.
     """
     model = AdaptedModel(base_model, base_name)
     for name, path in adapters.items():
         try:
             model.load(name, adapter_folder(path), path)
-        except Exception as error:  # broken files raise whatever there is
+        except Exception as error:  # broken files raise anything
             raise ValueError(f"The adapter {name!r} cannot be served: {error}") from error
     return model
 
@@ -71,16 +74,17 @@ def serve(
     Args:
         model (`AdaptedModel`): The model and its adapters.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        encode (`Callable[[str], list[int]]`): Makes a prompt's tokens.
-        host (`str`): The address to listen at.
-        port (`int`): The port.
-        max_batch_size (`int`): The most prompts at a time.
+        encode (`Callable[[str], list[int]]`): Turns a prompt into tokens.
+        host (`str`): The address to listen on.
+        port (`int`): The port to listen on.
+        max_batch_size (`int`): The most prompts in a batch.
         max_model_len (`int`, *optional*): The most tokens of a prompt and its answer; `None` if there is no limit.
         may_load (`bool`, defaults to `False`): Whether clients may load and unload adapters.
-        api_key (`str`, *optional*): What requests must be authorized by.
+        api_key (`str`, *optional*): The key that clients must send; `None` if they need none.
 
     Raises:
-        SystemExit: If the server cannot listen there.
+        ModuleNotFoundError: If a package is missing.
+        SystemExit: If the server cannot listen on this address.
     """
     check_installed()
     import uvicorn
@@ -92,5 +96,5 @@ def serve(
     settings = AppSettings(max_model_len=max_model_len, may_load=may_load, api_key=api_key)
     app = make_app(model, batcher, tokenizer, encode, settings)
     config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-    with suppress(KeyboardInterrupt):  # the way to stop it
+    with suppress(KeyboardInterrupt):  # Ctrl-C stops the server
         StoppingServer(config, batcher).run()

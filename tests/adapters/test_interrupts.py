@@ -14,6 +14,8 @@ from models import prefix_config, prefixed
 from test_threads import MODELS, texts
 
 from peft_prefix_plus import prefix_attention_mass
+from peft_prefix_plus.adapters.running import RUNNING
+from peft_prefix_plus.attention.watching import THREAD
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,8 @@ def test_an_interrupted_call_changes_nothing_else(name: str, interrupt: str, cal
     assert [(type(module), getattr(module, "config", None)) for module in model.modules()] == classes
     assert torch.is_grad_enabled()
     assert torch.overrides._len_torch_function_stack() == 0
+    assert (THREAD.interface, THREAD.inline) == (None, None)
+    assert (RUNNING.rows, RUNNING.memo) == (None, None)
     bystanders.check()
 
 

@@ -29,6 +29,8 @@ from peft_prefix_plus import flatten, initialize_from_key_values, prefix_key_val
 TRACED = tuple(os.path.dirname(module.__file__) + os.sep for module in (peft, peft_prefix_plus))
 WEIGHTS = "adapter_model.safetensors"
 INTERRUPTS = [KeyboardInterrupt, SystemExit, MemoryError]
+LATE = 60
+"""Every other interrupt comes in this many last lines: some operations change the model only there."""
 
 
 class Interrupter:
@@ -130,28 +132,38 @@ BETWEEN = {
 
 
 def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed: int = 0) -> None:
-    torch.manual_seed(0)
-    finished = make()
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return make()
+
+    finished = fresh()
     counter = Interrupter()
     torch.manual_seed(1)
     counter.run(partial(call, finished))
     done = described(finished)
-    model = make()
+    model = fresh()
     before, expected = described(model), output_of(model, input_ids=token_ids())
     numbers = random.Random(seed)
     for index in range(times):
-        line = numbers.randint(1, counter.count)
+        line = numbers.randint(max(1, counter.count - LATE) if index % 2 else 1, counter.count)
         error = INTERRUPTS[index % len(INTERRUPTS)]
-        with pytest.raises(error) as raised:
+        where: list[str] = []
+        try:
             torch.manual_seed(1)
             Interrupter(line, error).run(partial(call, model))
-        where = [entry.frame.code.raw.co_qualname for entry in raised.traceback if str(entry.path).startswith(TRACED)]
+        except error as raised:
+            traceback = pytest.ExceptionInfo.from_exception(raised).traceback
+            where = [entry.frame.code.raw.co_qualname for entry in traceback if str(entry.path).startswith(TRACED)]
+        else:  # a second run can have fewer lines, because of what the first one has cached
+            assert index % 2
+            model = fresh()
+            continue
         if same(described(model), before):
             assert torch.equal(output_of(model, input_ids=token_ids()), expected)
             continue
         # else the interrupt came after all was done
         assert same(described(model), done) or where[-1] in BETWEEN, (line, where)
-        model = make()
+        model = fresh()
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_an_error_of_the_program_is_shown_as_python_does(tmp_path: Path) -> None
 
 def test_what_is_no_program_is_refused_in_words(tmp_path: Path) -> None:
     assert "expected a Python file, or a command of an installed Python package" in failure("run", "no-such-program")
-    assert "there is none of this name" in failure("run", "-m", "no_such_module")
+    assert "it is not installed" in failure("run", "-m", "no_such_module")
 
 
 def test_a_program_leaves_the_search_path_as_it_was(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_long_conversation_loses_its_end_and_keeps_an_answer() -> None:
 def test_conversations_that_cannot_be_learned_from_are_refused_in_words() -> None:
     with pytest.raises(CommandError, match="no chat template"):
         encode_chat(Chat(TURNS), chat_tokenizer(None))
-    with pytest.raises(CommandError, match=r"message 3 in another way when more follows.*--chat-template-path"):
+    with pytest.raises(CommandError, match=r"message 3 differently when more follows.*--chat-template-path"):
         encode_chat(Chat(TURNS, place="here"), chat_tokenizer(FORGETFUL))
     with pytest.raises(CommandError, match=r"here: the chat template does not take it.*only two roles"):
         encode_chat(Chat(TURNS, place="here"), chat_tokenizer("{{ raise_exception('only two roles') }}"))
@@ -120,8 +120,8 @@ def test_conversations_that_cannot_be_learned_from_are_refused_in_words() -> Non
     [
         ("hello", "'messages' must be a list of objects with a 'role'"),
         ([{"content": "hello"}], "'messages' must be a list of objects with a 'role'"),
-        ([{"role": "user", "content": "hello"}], "no message is of the role 'assistant'"),
-        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "a message of the role 'user' has no 'content'"),
+        ([{"role": "user", "content": "hello"}], "no message has the role 'assistant'"),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "a message with the role 'user' has no 'content'"),
     ],
 )
 def test_messages_of_another_form_are_refused(base: Path, tmp_path: Path, messages: object, message: str) -> None:
@@ -325,7 +325,7 @@ def test_a_file_of_options_and_the_command_line_before_it(base: Path, data: Path
     ("content", "message"),
     [
         ("- a\n", "expected a mapping of options to values, found list"),
-        ("learning_rat: 1\n", "'learning_rat' is no option; did you mean 'learning_rate'?"),
+        ("learning_rat: 1\n", "'learning_rat' is not an option; did you mean 'learning_rate'?"),
         ("batch_size: 1\nper-device-train-batch-size: 2\n", "gives the option --batch-size a second time"),
         ("seed: {a: 1}\n", "'seed' must be a value or a list of values, found dict"),
         ("a: [", "Cannot read"),

@@ -14,22 +14,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-os.environ.update(ENVIRONMENT)
-
-from served import Reference, save_adapters, save_model
+from served import ENVIRONMENT, Reference, save_adapters, save_model
 
 from peft_prefix_plus.serving.folding import fold, served_model
 from peft_prefix_plus.serving.store import PrefixStore
 
 
 NUM_ADAPTERS = 20
+
+os.environ.update(ENVIRONMENT)  # before vLLM is imported, which some tests do
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and adapters for it on disk, and what PEFT generates with them."""
+"""A tiny model with a tokenizer and adapters for it on disk, what PEFT generates with them, and vLLM's settings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from peft_prefix_plus import PrefixPlusConfig
 
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""vLLM's settings for small machines without a network."""
 
 VOCABULARY = 300  # 256 bytes and room: ids that mean nothing are generated too
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"

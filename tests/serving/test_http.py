@@ -18,8 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT
-from served import VOCABULARY, Reference, save_adapter
+from served import ENVIRONMENT, VOCABULARY, Reference, save_adapter
 from transformers import AutoTokenizer
 
 
