@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 
-from ..saving.files import CARD_NAME, CONFIG_NAME
+from ..saving.files import CARD_NAME, CONFIG_NAME, is_prefix_tuning_folder
 from ..saving.weights import UNFINISHED, naming_file
 from .snapshot import all_or_nothing
 
@@ -108,10 +108,13 @@ def _read_config(folder: Path) -> Any:
 
 
 def _adapter_folders(directory: Path) -> dict[str, Path]:
-    """The adapters of a directory; a folder with a card of its own (a checkpoint) is not part of it."""
+    """
+    The adapters of a directory. A folder with a card of its own (a checkpoint) is not part of it, and one that has another form of an
+    adapter is no adapter of its own.
+    """
     folders = {"default": directory} if (directory / CONFIG_NAME).exists() else {}
     for folder in sorted(directory.iterdir()):
         is_part = not folder.name.startswith(UNFINISHED) and not (folder / CARD_NAME).exists()
-        if is_part and (folder / CONFIG_NAME).exists():
+        if is_part and (folder / CONFIG_NAME).exists() and not is_prefix_tuning_folder(folder):
             folders[folder.name] = folder
     return folders

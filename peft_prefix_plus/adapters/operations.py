@@ -153,7 +153,7 @@ class WholeOperations:
         saved = [
             name for name in selected_adapters or self.peft_config if self.peft_config[name].peft_type == PREFIX_PLUS
         ]
-        exported = as_prefix_tuning(self, saved) if include_prefix_tuning else _PUSHED.get() or {}
+        exported = as_prefix_tuning(self, saved, save_directory) if include_prefix_tuning else _PUSHED.get() or {}
         with all_or_nothing(self, modules=()), saving_together(save_directory) as folder:
             if os.path.exists(os.path.join(save_directory, CARD_NAME)):
                 shutil.copy(os.path.join(save_directory, CARD_NAME), folder)  # PEFT updates the card that it finds

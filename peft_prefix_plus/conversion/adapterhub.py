@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -146,9 +146,15 @@ def from_adapterhub(
     with all_or_nothing(base), evaluating(base):
         stacks = _stacks(base)
         key_values = {}
-        for location, kind in KINDS.items():
-            if kind not in stacks or fields.get(location) is False:
-                continue
+        used = [location for location, kind in KINDS.items() if kind in stacks and fields.get(location) is not False]
+        for name in tensors:
+            if name.split(".")[0] not in used:
+                raise ValueError(
+                    f"The adapter {os.fspath(adapter)!r} has a tensor {name}, but its configuration and the base model have prefixes only "
+                    f"in {', '.join(used)}."
+                )
+        for location in used:
+            kind = KINDS[location]
             modules = [name for layer, name in stacks[kind].modules.items() if layer not in fields["leave_out"]]
             numbers = _numbers(adapter, fields, location, tensors, len(modules), stacks[kind].shape)
             for index, name in enumerate(modules):
@@ -361,14 +367,23 @@ def _fields(adapter: Any, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find(adapter: Any, name: str, hub_arguments: Mapping[str, Any]) -> str | None:
-    """Return an adapter's file, or `None` if it has none of this name."""
+    """
+    Return an adapter's file, or `None` if it has none of this name.
+
+    Raises:
+        ValueError: If the Hub does not say.
+    """
     if os.path.isdir(adapter):
         path = os.path.join(adapter, hub_arguments.get("subfolder") or "", name)
         return path if os.path.isfile(path) else None
     try:
         return hf_hub_download(os.fspath(adapter), name, **hub_arguments)
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
+    except (OSError, ValueError) as error:  # what the Hub raises is either
+        raise ValueError(
+            f"The adapter {os.fspath(adapter)!r} is no directory, and its {name} cannot be had from the Hub: {error}"
+        ) from error
 
 
 def _read_weights(adapter: Any, allow_pickle: bool, hub_arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:

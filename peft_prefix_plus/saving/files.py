@@ -21,6 +21,7 @@ import peft
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ..registration import PREFIX_PLUS
 from .model_card import SavedAdapter, Training, how_to_use, is_hub_id, update_metadata, with_section
@@ -38,6 +39,19 @@ NOT_LEARNED = "prefix_plus_scaling.factors"
 def prefix_tuning_folder(adapter_name: str) -> str:
     """The folder for an adapter as one of PEFT's PREFIX_TUNING. Below each other there are no folders: pushing leaves them out."""
     return "prefix_tuning" if adapter_name == "default" else f"{adapter_name}_prefix_tuning"
+
+
+CONVERTED = {"prefix_plus_converted": "true"}
+"""What the metadata of the weights in such a folder has: a user's own folder of that name is not one."""
+
+
+def is_prefix_tuning_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter as one of PEFT's PREFIX_TUNING that was put there beside its own form."""
+    try:
+        with safe_open(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+            return CONVERTED.items() <= (file.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_atomically(path: str, text: str) -> None:
@@ -146,7 +160,7 @@ def _saved_adapters(directory: str) -> Iterator[SavedAdapter]:
         if isinstance(config, dict) and config.get("peft_type") == PREFIX_PLUS.value:
             adapter = SavedAdapter(subfolder, config)
             folder = prefix_tuning_folder(adapter.name)
-            has_prefix_tuning = os.path.isfile(os.path.join(directory, folder, CONFIG_NAME))
+            has_prefix_tuning = is_prefix_tuning_folder(os.path.join(directory, folder))
             yield replace(
                 adapter,
                 num_parameters=_num_parameters(path),

@@ -7,9 +7,9 @@ The folder beside an adapter that has it as one of PEFT's PREFIX_TUNING, which l
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from peft import PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from .files import prefix_tuning_folder
+from .files import CONVERTED, is_prefix_tuning_folder, prefix_tuning_folder
 from .together import saving_together
 
 
@@ -28,13 +28,14 @@ CONVERTERS: dict[PeftType, Callable[[Any, str], tuple[Any, dict[str, torch.Tenso
 """What converts an adapter of a model to one of another method."""
 
 
-def as_prefix_tuning(model: Any, names: list[str]) -> Exported:
+def as_prefix_tuning(model: Any, names: list[str], directory: str | os.PathLike[str] | None = None) -> Exported:
     """
     Return adapters as PEFT's PREFIX_TUNING has them.
 
     Args:
         model (`PeftModel`): The model that has them.
         names (`list[str]`): The adapters.
+        directory (`str` or `os.PathLike`, *optional*): Where they are to be saved, if it is known.
 
     Raises:
         ValueError: If there are none, PREFIX_TUNING has no adapter with the same output, or another adapter's folder is in the way.
@@ -46,6 +47,11 @@ def as_prefix_tuning(model: Any, names: list[str]) -> Exported:
         raise ValueError(
             f"The adapter {name!r} is saved in the folder of that name, which `include_prefix_tuning` needs. Name the adapter otherwise."
         )
+    for path in [os.path.join(directory, folder) for folder in sorted(folders)] if directory is not None else ():
+        if os.path.isfile(os.path.join(path, CONFIG_NAME)) and not is_prefix_tuning_folder(path):
+            raise ValueError(
+                f"{path} has an adapter that `include_prefix_tuning` did not put there, and needs that place. Move it, or save elsewhere."
+            )
     exported = {}
     for name in names:
         try:
@@ -58,28 +64,37 @@ def as_prefix_tuning(model: Any, names: list[str]) -> Exported:
 def write_prefix_tuning(exported: Mapping[str, tuple[Any, dict[str, torch.Tensor]]], folder: str) -> None:
     """Write each adapter into its folder in a folder."""
     for name, (config, tensors) in exported.items():
-        save_cached_prefix(config, tensors, os.path.join(folder, prefix_tuning_folder(name)))
+        save_cached_prefix(config, tensors, os.path.join(folder, prefix_tuning_folder(name)), CONVERTED)
 
 
 def save_cached_prefix(
-    config: Any, state_dict: dict[str, torch.Tensor], save_directory: str | os.PathLike[str]
+    config: Any,
+    state_dict: dict[str, torch.Tensor],
+    save_directory: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter of PREFIX_TUNING or CARTRIDGE as PEFT writes it, all files together."""
     with saving_together(save_directory) as folder:
-        save_file(state_dict, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_file(
+            state_dict, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt", **(metadata or {})}
+        )
         config.save_pretrained(folder)
 
 
 def remove_outdated_prefix_tuning(folder: str) -> None:
-    """Remove what an earlier save has put beside an adapter that is another one now."""
-    path = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            is_ours = f'"peft_type": "{PeftType.PREFIX_TUNING.value}"' in file.read()
-        if is_ours:
-            shutil.rmtree(folder)
-            warnings.warn(
-                f"{folder} held the adapter that was saved there before, and is removed. Save with include_prefix_tuning=True to "
-                "have it of this one.",
-                stacklevel=3,
-            )
+    """Remove what an earlier save has put beside an adapter that is another one now, and nothing else."""
+    if not is_prefix_tuning_folder(folder):
+        return
+    for name in (
+        CONFIG_NAME,
+        SAFETENSORS_WEIGHTS_NAME,
+    ):  # the weights last: by them the rest is known after an interrupt
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+    if not os.listdir(folder):
+        os.rmdir(folder)
+    warnings.warn(
+        f"{folder} held the adapter that was saved there before, and is removed. Save with include_prefix_tuning=True to "
+        "have it of this one.",
+        stacklevel=3,
+    )

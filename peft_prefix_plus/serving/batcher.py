@@ -36,7 +36,17 @@ GENERATION: dict[str, Any] = {
     "num_return_sequences": 1,
     "pad_token_id": PADDING,
     **dict.fromkeys(
-        ("eos_token_id", "max_length", "min_length", "temperature", "top_k", "top_p", "min_p", "typical_p")
+        (
+            "eos_token_id",
+            "max_length",
+            "min_length",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",  # which would count the padding
+        )
     ),
 }
 """Overrides the settings of the model's `generation_config` that each row chooses for itself."""

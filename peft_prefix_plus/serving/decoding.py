@@ -15,6 +15,8 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -37,36 +39,54 @@ class Sampling:
         temperature (`float`, defaults to 1.0): The temperature; below `LOWEST_TEMPERATURE` the likeliest token is taken.
         top_p (`float`, defaults to 1.0): Draw among the likeliest tokens of this total probability.
         top_k (`int`, defaults to 0): Draw among this many of the likeliest tokens; 0 means all.
+        min_p (`float`, defaults to 0.0): Draw among the tokens that are at least this many times as likely as the likeliest.
+        repetition_penalty (`float`, defaults to 1.0): A penalty on the tokens of the prompt and the answer so far.
         seed (`int`, *optional*): The random seed; `None` means a new one.
     """
 
-    def __init__(self, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None) -> None:
-        self.is_greedy = temperature < LOWEST_TEMPERATURE
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        self._is_greedy = temperature < LOWEST_TEMPERATURE
         self._warpers = LogitsProcessorList()
-        if not self.is_greedy and temperature != 1.0:
+        if repetition_penalty != 1.0:
+            self._warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        self.takes_the_likeliest = self._is_greedy and not self._warpers
+        if not self._is_greedy and temperature != 1.0:
             self._warpers.append(TemperatureLogitsWarper(temperature))
         if top_k > 0:
             self._warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(top_p))
+        if min_p > 0.0:
+            self._warpers.append(MinPLogitsWarper(min_p))
         self._generator = torch.Generator()  # on the CPU: a seed draws the same on every device
         if seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(seed)
 
-    def draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> int:
+    def choose(self, tokens: list[int], scores: torch.Tensor) -> int:
         """
-        Draw a token.
+        Choose a token.
 
         Args:
-            input_ids (`torch.Tensor`): The tokens so far, (1, tokens).
+            tokens (`list[int]`): The tokens so far, without padding.
             scores (`torch.Tensor`): The logits of the next token, (1, vocabulary).
 
         Returns:
             `int`: The token.
         """
-        probabilities = torch.softmax(self._warpers(input_ids, scores), dim=-1)  # type: ignore[arg-type]
+        scores = self._warpers(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type, assignment]
+        if self._is_greedy:
+            return int(scores.argmax())
+        probabilities = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(probabilities.cpu(), 1, generator=self._generator))
 
 
@@ -160,8 +180,8 @@ class ChooseTokens(LogitsProcessor):
         for number, row in enumerate(self._rows):
             if row.is_over:
                 continue
-            if not row.sampling.is_greedy:
-                chosen[number] = row.sampling.draw(input_ids[number : number + 1], scores[number : number + 1])
+            if not row.sampling.takes_the_likeliest:
+                chosen[number] = row.sampling.choose(row.prompt + row.tokens, scores[number : number + 1])
             row.accept(chosen[number])
         tokens = torch.tensor(chosen, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)

@@ -10,21 +10,39 @@ import time
 import uuid
 from collections.abc import Sequence
 from http import HTTPStatus
+from inspect import signature
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from ..config import shortened
 
 
-class LoadRequest(BaseModel):
+class Body(BaseModel):
+    """The body of a request."""
+
+    @model_validator(mode="after")
+    def _refuse_what_is_no_text(self) -> Self:
+        try:
+            self.model_dump_json()
+        except (PydanticSerializationError, UnicodeError):
+            raise ValueError(
+                "A text has half of a surrogate pair, which is no character. Send valid Unicode."
+            ) from None
+        return self
+
+
+class LoadRequest(Body):
     """The body of `/v1/load_prefix_adapter`: the adapter's name, and its directory or repository on the Hub."""
 
     name: str
     path: str
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """The body of `/v1/unload_prefix_adapter`."""
 
     name: str
@@ -38,13 +56,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "n": (1,),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
@@ -67,8 +83,11 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class GenerationRequest(BaseModel):
-    """The fields of both kinds of request. `top_k`, `ignore_eos` and `return_token_ids` are vLLM's additions."""
+class GenerationRequest(Body):
+    """
+    The fields of both kinds of request. `top_k`, `min_p`, `repetition_penalty`, `ignore_eos` and `return_token_ids` are vLLM's
+    additions.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -77,6 +96,8 @@ class GenerationRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -155,6 +176,24 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _refuse_what_is_no_variable(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in values or {}:
+            if name in NO_VARIABLES:
+                raise ValueError(
+                    f"`{name}` is no variable of a chat template, and not supported by this server. Leave it out."
+                )
+        return values
+
+
+NO_VARIABLES = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters} - {
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+}
+"""The arguments of a tokenizer that say what to do with a template's text."""
 
 
 class RefusedError(Exception):

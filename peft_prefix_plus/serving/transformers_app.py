@@ -285,7 +285,14 @@ class _Endpoints:
             values = (getattr(body, name), getattr(self._defaults, name, None), default)
             return next(value for value in values if value is not None)
 
-        return Sampling(first("temperature", 1.0), first("top_p", 1.0), max(0, first("top_k", 0)), body.seed)
+        return Sampling(
+            first("temperature", 1.0),
+            first("top_p", 1.0),
+            max(0, first("top_k", 0)),
+            first("min_p", 0.0),
+            first("repetition_penalty", 1.0),
+            body.seed,
+        )
 
     def _ends(self, body: GenerationRequest) -> frozenset[int]:
         """Return the tokens that end a text."""

@@ -250,6 +250,14 @@ def test_what_cannot_be_converted_is_refused_and_the_model_stays_as_it_was(fault
     assert all(parameter.requires_grad for parameter in base.parameters())
 
 
+def test_a_hub_that_cannot_be_reached_is_not_said_to_lack_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"'user/news' is no directory, and its adapter_config\.json cannot be had from the Hub"
+    ):
+        from_adapterhub("user/news", build("llama"))
+
+
 def test_other_models_other_tensors_and_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors = layout("llama", flat=True)
     with pytest.raises(ValueError, match="one of a 'llama' model, and the base model is a 'gpt2' model"):
@@ -266,6 +274,9 @@ def test_other_models_other_tensors_and_numbers_that_are_not_finite_are_refused(
         from_adapterhub(folder, build("llama"))
     with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
         from_adapterhub(tmp_path, build("llama"))
+    tensors["nonsense.control_trans"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"a tensor nonsense\.control_trans, but .* only in self_prefix"):
+        from_adapterhub(write(tmp_path / "extra", "llama", tensors), build("llama"))
     with pytest.raises(TypeError, match="must be the base model"):
         from_adapterhub(folder, get_peft_model(build("llama"), PrefixPlusConfig()))
 

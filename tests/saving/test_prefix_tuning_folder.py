@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from hub_server import running_hub
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus import PrefixPlusConfig, load_adapters
 
 
 TOKENS = torch.arange(3, 13).reshape(2, 5)
@@ -155,6 +155,43 @@ def test_a_later_save_brings_the_folder_up_to_date_or_removes_it(base: Path, tmp
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "prefix_tuning").exists()
     assert 'subfolder="prefix_tuning"' not in (tmp_path / "README.md").read_text()
+
+
+def test_a_folder_of_that_name_that_is_the_users_own_is_left_alone(base: Path, tmp_path: Path) -> None:
+    own = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), own).save_pretrained(tmp_path / "prefix_tuning")
+    (tmp_path / "prefix_tuning/README.md").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "prefix_tuning").iterdir()}
+    model = adapted(base)
+    model.save_pretrained(tmp_path)
+    assert 'subfolder="prefix_tuning"' not in (tmp_path / "README.md").read_text()
+    saved = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.prefix_plus.prefix_plus_encoder["default"].value.add_(1.0)
+    with pytest.raises(
+        ValueError, match="prefix_tuning has an adapter that `include_prefix_tuning` did not put there"
+    ):
+        model.save_pretrained(tmp_path, include_prefix_tuning=True)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == saved
+    assert {path.name: path.read_bytes() for path in (tmp_path / "prefix_tuning").iterdir()} == before
+
+
+def test_a_file_that_a_user_has_put_in_the_folder_stays(base: Path, tmp_path: Path) -> None:
+    model = adapted(base)
+    model.save_pretrained(tmp_path, include_prefix_tuning=True)
+    (tmp_path / "prefix_tuning/notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="is removed"):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / "prefix_tuning").iterdir()] == ["notes.txt"]
+
+
+def test_all_adapters_of_a_directory_are_loaded_once_each(base: Path, tmp_path: Path) -> None:
+    model = adapted(base)
+    model.add_adapter("poems", PrefixPlusConfig.servable(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path, include_prefix_tuning=True)
+    loaded = load_adapters(AutoModelForCausalLM.from_pretrained(base), tmp_path)
+    assert sorted(loaded) == ["default", "poems"]
+    assert torch.equal(logits(loaded["default"].eval()), logits(model))
 
 
 PUSH = """

@@ -278,6 +278,31 @@ def test_draws_are_those_of_the_seed_whatever_else_is_in_the_batch(server: Runni
     assert one.choices[0].token_ids == expected_tokens(alone, "gated", prompt, 20)
 
 
+def test_a_penalty_on_repetitions_is_the_requests_or_the_models_and_does_not_count_padding(
+    model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_model = AutoModelForCausalLM.from_pretrained(model_path)
+    prompt = [7, 8, 9]
+    scores = torch.zeros(1, VOCABULARY)
+    scores[0, 0] = 5.0  # the token that batches are padded with: no prompt here has it
+    monkeypatch.setattr(base_model.lm_head, "forward", lambda states: scores.expand(*states.shape[:-1], -1) + 4.0)
+    base_model.generation_config.repetition_penalty = 3.0  # 9 / 3 is less than the 4 of the others
+    with Running(base_model, tokenizer, {}) as running:
+        choices = running.complete("base", [prompt, [5] * 30], 2).choices
+        for choice in choices:
+            assert choice.token_ids[0] == 0 and choice.token_ids[1] != 0
+        extra = {"repetition_penalty": 1, "ignore_eos": True, "return_token_ids": True}
+        answer = running.client.completions.create(
+            model="base", prompt=prompt, max_tokens=3, temperature=0, extra_body=extra
+        )
+        assert answer.choices[0].token_ids == [0, 0, 0]
+        extra |= {"repetition_penalty": 1, "min_p": 0.9}  # the others are e⁻⁵ times as likely
+        answer = running.client.completions.create(
+            model="base", prompt=prompt, max_tokens=20, temperature=1, extra_body=extra
+        )
+        assert answer.choices[0].token_ids == [0] * 20
+
+
 def test_first_tokens_are_drawn_with_their_probabilities(server: Running, alone: Reference) -> None:
     prompt, temperature = [1, 2, 3], 0.5
     alone.model.set_adapter("joint")
@@ -383,6 +408,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1}, "`temperature`"),
     ({"top_p": 0}, "`top_p`"),
     ({"extra_body": {"top_k": "many"}}, "`top_k`"),
+    ({"extra_body": {"min_p": 1.5}}, "`min_p`"),
+    ({"extra_body": {"repetition_penalty": 0}}, "`repetition_penalty`"),
     ({"stop": ["x", ""]}, "`stop`"),
     ({"stream_options": {"include_usage": True}}, "`stream_options`"),
 ]
@@ -415,6 +442,36 @@ def test_conversations_that_a_template_does_not_take_are_refused(
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(openai.BadRequestError, match="has no chat template"):
         ask(model="joint", messages=[{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("name", ["truncation", "max_length", "return_tensors", "chat_template", "tokenize", "tools"])
+def test_arguments_of_the_tokenizer_are_no_variables_of_a_template(server: Running, name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "model": "joint", "max_tokens": 2}
+    status, answer = server.post("/v1/chat/completions", **body, chat_template_kwargs={name: "pt"})
+    assert status == 400 and f"`{name}` is no variable" in answer["error"]["message"], answer
+    assert server.post("/v1/chat/completions", **body, chat_template_kwargs={"thinks": True})[0] == 200
+
+
+HALF = "\ud800"
+NO_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": HALF}),
+    ("/v1/completions", {"prompt": ["x", HALF]}),
+    ("/v1/completions", {"prompt": "x", "model": HALF}),
+    ("/v1/completions", {"prompt": "x", "stop": [HALF]}),
+    ("/v1/completions", {"prompt": "x", HALF: 1}),
+    ("/v1/completions", {"prompt": "x", "no_such_field": HALF}),
+    ("/v1/chat/completions", {"messages": [{"role": HALF, "content": "x"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "x", "content": "x", "name": HALF}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "x", "content": "x"}], "chat_template_kwargs": {"a": HALF}}),
+    ("/v1/load_prefix_adapter", {"name": HALF, "path": "x"}),
+]
+
+
+@pytest.mark.parametrize(("route", "fields"), NO_TEXT)
+def test_half_of_a_surrogate_pair_is_refused(server: Running, route: str, fields: dict[str, Any]) -> None:
+    status, answer = server.post(route, **fields)
+    assert status == 400 and answer["error"]["type"] == "BadRequestError", answer
+    assert server.post("/v1/completions", prompt="😀")[0] == 200
 
 
 def test_unknown_models_and_paths_are_not_found_and_the_key_is_asked_for(server: Running) -> None:
