@@ -83,7 +83,7 @@ class Sampling:
         Returns:
             `int`: The token.
         """
-        scores = self._warpers(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type, assignment]
+        scores = self._warpers(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type]
         if self._is_greedy:
             return int(scores.argmax())
         probabilities = torch.softmax(scores, dim=-1)

@@ -144,7 +144,7 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
     done = described(finished)
     model = fresh()
     before, expected = described(model), output_of(model, input_ids=token_ids())
-    numbers = random.Random(seed)
+    numbers, interrupted = random.Random(seed), 0
     for index in range(times):
         line = numbers.randint(max(1, counter.count - LATE) if index % 2 else 1, counter.count)
         error = INTERRUPTS[index % len(INTERRUPTS)]
@@ -155,16 +155,17 @@ def strike(make: Callable[[], Any], call: Callable[[Any], Any], times: int, seed
         except error as raised:
             traceback = pytest.ExceptionInfo.from_exception(raised).traceback
             where = [entry.frame.code.raw.co_qualname for entry in traceback if str(entry.path).startswith(TRACED)]
-        else:  # two runs can differ by a few lines
-            assert line > counter.count - LATE
+        else:  # a run can have fewer lines than the counted one, because of what others have cached
             model = fresh()
             continue
+        interrupted += 1
         if same(described(model), before):
             assert torch.equal(output_of(model, input_ids=token_ids()), expected)
             continue
         # else the interrupt came after all was done
         assert same(described(model), done) or where[-1] in BETWEEN, (line, where)
         model = fresh()
+    assert interrupted >= times // 3
 
 
 @pytest.fixture
