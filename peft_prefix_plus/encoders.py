@@ -33,8 +33,8 @@ class KVShape(NamedTuple):
         """
         keys, values = self.split_columns(flat)
         return (
-            keys.unflatten(-1, (self.num_heads, self.key_dim)).transpose(0, 1),
-            values.unflatten(-1, (self.num_heads, self.value_dim)).transpose(0, 1),
+            keys.view(-1, self.num_heads, self.key_dim).transpose(0, 1),
+            values.view(-1, self.num_heads, self.value_dim).transpose(0, 1),
         )
 
     def join(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

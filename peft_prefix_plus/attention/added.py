@@ -95,7 +95,7 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """softmax over the positions that a row sees; with a mask, scores are (batch · kv_heads, queries, prefix_tokens)."""
     if mask is not None:
         hidden = ~mask[:, None, None, :]
-        scores = scores.unflatten(0, (mask.shape[0], -1)).masked_fill(hidden, -torch.inf).flatten(0, 1)
+        scores = scores.view(mask.shape[0], -1, *scores.shape[1:]).masked_fill(hidden, -torch.inf).flatten(0, 1)
     return scores.softmax(dim=-1)
 
 

@@ -181,7 +181,7 @@ def _prefix_scores(query: torch.Tensor, head_key: torch.Tensor, call: _KernelCal
 def _reduce(weights: torch.Tensor, rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
     """weightsᵀ · rows, summed over the rows that read a prefix and the query heads of a group, shaped as the prefix."""
     summed = torch.bmm(weights.transpose(1, 2), rows)
-    return summed.unflatten(0, (*prefix.shape[:-2], -1)).sum(dim=-3).to(prefix.dtype)
+    return summed.view(*prefix.shape[:-2], -1, *summed.shape[1:]).sum(dim=-3).to(prefix.dtype)
 
 
 def _fold(tensor: torch.Tensor, of_rows: bool) -> torch.Tensor:
@@ -198,8 +198,8 @@ def _unfold(tensor: torch.Tensor, query: torch.Tensor, of_rows: bool) -> torch.T
     """Undo [`_fold`]."""
     batch, heads, tokens, _ = query.shape
     if of_rows:
-        return tensor.unflatten(0, (batch, heads))
-    return tensor.unsqueeze(0) if batch == 1 else tensor.unflatten(1, (batch, tokens)).transpose(0, 1)
+        return tensor.view(batch, heads, *tensor.shape[1:])
+    return tensor.unsqueeze(0) if batch == 1 else tensor.reshape(heads, batch, tokens, -1).transpose(0, 1)
 
 
 def _real_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: _KernelCall) -> tuple[Any, ...]:

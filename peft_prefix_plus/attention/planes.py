@@ -16,7 +16,7 @@ def turn_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_int
         is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the dims apart (GPT-NeoX).
     """
     if is_interleaved:
-        partners = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partners = states.reshape(*states.shape[:-1], -1, 2).flip(-1).flatten(-2)
     else:
         partners = states.roll(states.shape[-1] // 2, -1)
     return torch.addcmul(states * cos, partners, sin)

@@ -119,7 +119,7 @@ def test_rates_that_are_no_rates_are_refused(argument, value):
 @pytest.mark.parametrize("reparameterization", ["linear", "mlp"])
 def test_keys_and_values_of_a_projection_have_no_rates_of_their_own(reparameterization, argument):
     model = prefixed(tiny_model(), reparameterization=reparameterization)
-    with pytest.raises(ValueError, match=f"`{argument}` is 0.2.*one matrix produces its keys and its values"):
+    with pytest.raises(ValueError, match=f"`{argument}` is 0.2.*one matrix produces both its keys and its values"):
         prefix_plus_param_groups(model, lr=0.1, **{argument: 0.2})
 
 
