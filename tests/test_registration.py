@@ -110,7 +110,7 @@ def test_a_submodule_can_be_imported_unless_its_extra_is_missing(name):
             importlib.import_module(name)
     except ModuleNotFoundError as error:
         assert name.split(".")[1] in ("cli", "serving"), name
-        assert error.name in ("typer", "rich", "fastapi", "vllm"), name
+        assert error.name in ("typer", "rich", "fastapi", "uvicorn", "vllm"), name
 
 
 def output_in_worker(model: PeftModel, config: PrefixPlusConfig) -> tuple[torch.Tensor, PrefixPlusConfig]:
