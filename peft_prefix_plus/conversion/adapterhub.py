@@ -35,7 +35,7 @@ from ..saving.files import CONFIG_NAME, write_atomically
 from ..saving.together import saving_together
 from ..saving.weights import naming_file
 from ..starting.initialization import initialize_from_key_values
-from .arguments import check_base_model, task_type_of
+from .arguments import check_base_model, check_fixed_positions, check_joint, task_type_of
 from .flatten import prefix_key_values
 
 
@@ -203,17 +203,8 @@ def to_adapterhub(
     configs: Any = model.peft_config
     config = configs[adapter_name]
     _check_model(base, base.config.model_type)
-    for name in ("gating", "decoupled"):
-        if getattr(config, name):
-            raise ValueError(
-                f"In AdapterHub the prefix shares the softmax of the real tokens, so an adapter with {name}=True cannot be expressed "
-                "there. Train one with decoupled=False, position_free=False."
-            )
-    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
-        raise ValueError(
-            f"In AdapterHub the prefix is at fixed positions, so adapter {adapter_name!r}, which is position-free, cannot be "
-            "expressed there. Train one with position_free=False."
-        )
+    check_joint("AdapterHub", config)
+    check_fixed_positions("AdapterHub", adapter_name, layers)
     if config.modules_to_save:
         raise ValueError(
             f"Adapter {adapter_name!r} has modules of its own, {', '.join(config.modules_to_save)}, and AdapterHub saves only "

@@ -35,7 +35,7 @@ from ..probing.recording import evaluating
 from ..probing.targets import select_modules
 from ..saving.prefix_tuning_folder import save_cached_prefix
 from ..starting.initialization import initialize_from_key_values
-from .arguments import check_base_model
+from .arguments import check_base_model, check_fixed_positions, check_joint
 from .exactness import (
     check_equal,
     exact_up_to,
@@ -125,11 +125,7 @@ def to_cached_prefix(
     base: Any = model.get_base_model()
     prefixes = prefix_key_values(model, adapter_name)
     config = _cached_config(method, base, model.peft_config[adapter_name], prefixes)
-    if any(layer.reads_unrotated(adapter_name) for _, layer in layers):
-        raise ValueError(
-            f"In {method.name} the prefix is at fixed positions, so adapter {adapter_name!r}, which is position-free, cannot be "
-            "expressed in it. Train one with position_free=False."
-        )
+    check_fixed_positions(method.name, adapter_name, layers)
     length = config.num_virtual_tokens
     exact = exact_up_to(base, length, method.name)
     inputs = random_text(base, exact)
@@ -244,12 +240,7 @@ def _plus_config(base: Any, source: Any, prefixed: list[str]) -> PrefixPlusConfi
 def _cached_config(method: CachedPrefix, base: Any, config: Any, prefixes: Mapping[str, Any]) -> Any:
     """Return the configuration of a method for these prefixes, or raise if it has none for them."""
     _check_task(method, base, config.task_type)
-    for name in ("gating", "decoupled"):
-        if getattr(config, name):
-            raise ValueError(
-                f"In {method.name} the prefix shares the softmax of the real tokens, so an adapter with {name}=True cannot be "
-                "expressed in it."
-            )
+    check_joint(method.name, config)
     layers = [name for name in attention_modules(base) if name in prefixes]
     everywhere = list(select_modules(base, PrefixPlusConfig()).modules)
     num_layers = base.config.get_text_config().num_hidden_layers

@@ -56,8 +56,8 @@ from .flatten import prefix_key_values
 LAYOUT = "prefix-key-values/1"
 FILE_NAME = "key_values.safetensors"
 
-FORMS = {"joint": {}, "decoupled": {"decoupled": True}, "gated": {"gating": True}}
-"""The forms of a prefix, and the fields of a configuration that choose them."""
+FORMS = ("joint", "decoupled", "gated")
+"""The forms of a prefix, as files name them."""
 
 EXACT = 1e-5
 """How far the keys and values of a fitted reparameterization may be off, relative to their norm, to count as the file's: rounding."""
@@ -243,7 +243,7 @@ def read_key_values(path: str | os.PathLike[str]) -> KeyValuesFile:
     with naming_file(path), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    known = {"layout": (LAYOUT,), "form": tuple(FORMS), "queries": ("rotated", "unrotated")}
+    known = {"layout": (LAYOUT,), "form": FORMS, "queries": ("rotated", "unrotated")}
     if metadata.get("form") == "decoupled":
         known["score_cap"] = (str(DECOUPLED_CAP),)
     for name, allowed in known.items():
@@ -299,11 +299,11 @@ def _names_in(path: str, metadata: Mapping[str, str]) -> list[str]:
 
 def _config(file: KeyValuesFile, fields: Mapping[str, Any]) -> PrefixPlusConfig:
     """Return the configuration that a file asks for, with the fields of the user."""
-    form = FORMS[file.metadata["form"]]
+    form = file.metadata["form"]
     fixed = {
         "num_virtual_tokens": file.tensors[f"{file.modules[0]}.key"].shape[1],
-        "decoupled": form.get("decoupled", False),
-        "gating": form.get("gating", False),
+        "decoupled": form == "decoupled",
+        "gating": form == "gated",
         "position_free": file.metadata["queries"] == "unrotated",
     }
     for name, value in fixed.items():
