@@ -64,9 +64,9 @@ def test_a_prefix_costs_what_the_arithmetic_says(dtype, tmp_path, capsys, monkey
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     per_token = 2 * layers * heads * head_dim * dtype.itemsize
     counts = [int(row[1]) for row in rows]
-    assert counts[0] - counts[1] == document_tokens and counts[1] == counts[2] >= question_tokens
-    for row, count in zip(rows, counts, strict=True):
-        assert row[2] == " / ".join([f"{count * per_token / 1024:,.1f}"] * 2)
-    assert [row[3] for row in rows[:2]] == ["", ""]
+    assert counts[0] - counts[1] == document_tokens and counts[1] == counts[2] == counts[3] >= question_tokens
+    for row, count, cached in zip(rows, counts, (0, 0, 6, 0), strict=True):
+        assert row[2] == " / ".join([f"{(count + cached) * per_token / 1024:,.1f}"] * 2)
+    assert [row[3] for row in rows[:3]] == ["", "", ""]
     in_float32 = 6 * per_token * torch.float32.itemsize // dtype.itemsize
-    assert rows[2][3] == " / ".join([f"{in_float32 / 1024:,.1f}"] * 2)
+    assert rows[3][3] == " / ".join([f"{in_float32 / 1024:,.1f}"] * 2)
