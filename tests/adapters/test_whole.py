@@ -184,6 +184,21 @@ def test_an_interrupted_first_adapter_leaves_the_base_model(operation: str, save
     strike(tiny_model, lambda base: ON_BASE[operation](base, saved), 6)
 
 
+def test_an_interrupted_switching_off_leaves_frozen_adapters_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two_adapters().requires_grad_(False)
+    before, switch_off = described(model), model.base_model.disable_adapter_layers
+
+    def interrupted() -> None:
+        switch_off()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.base_model, "disable_adapter_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+            pass
+    assert same(described(model), before)
+
+
 def test_an_interrupt_leaves_modules_that_write_attention_out(saved: Path) -> None:
     strike(lambda: two_adapters("GPT-J"), lambda model: ON_ADAPTERS["add_adapter"](model, saved), 6)
 
