@@ -42,7 +42,7 @@ test-tools: $(TOOLS_VENV)/.installed ## run the tests of other packages' tools, 
 	$(TOOLS_VENV)/bin/pytest tests/tools tests/training/test_quantized.py tests/attention/test_compile.py
 
 test-soak: install ## run the long tests: threads, interrupts, drawn examples (at most 40 minutes)
-	$(BIN)/pytest -n auto -m soak
+	$(BIN)/pytest -n auto -m soak --timeout 2400
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -69,6 +69,16 @@ def test_what_says_so_does_not_know_of_peft() -> None:
             assert not any(module.split(".")[0] == "peft" for module in imported), name
 
 
+def test_a_file_of_tests_finds_what_it_imports_when_it_runs_alone() -> None:
+    tests = ROOT / "tests"
+    folders = {path.stem: path.parent for path in tests.rglob("*.py") if path.name != "conftest.py"}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            folder = folders.get(node.module or "") if isinstance(node, ast.ImportFrom) else None
+            # pytest finds those in `tests` and in the file's own folder
+            assert folder in (None, tests, path.parent), f"{path} imports from {folder}"
+
+
 # ---------------------------------------------------------------------------------------------------- these tests can fail
 
 

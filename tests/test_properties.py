@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 from models import (
     ARCHITECTURES,
+    INLINE_MODELS,
     adapter_parameters,
     assert_unchanged,
     loss_of,
@@ -36,7 +37,6 @@ from models import (
     token_ids,
 )
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from test_compile import COMPILED
 
 from peft_prefix_plus import PrefixPlusConfig
 
@@ -58,7 +58,7 @@ def base_model(name: str, implementation: str | None = None) -> Any:
     """The same model every time, in evaluation mode."""
     if name in WRITTEN_OUT:
         torch.manual_seed(0)
-        return COMPILED[name]().eval()
+        return INLINE_MODELS[name]().eval()
     return tiny_model(name, task_of(name), implementation)
 
 
@@ -175,7 +175,6 @@ def test_an_adapter_does_what_it_must(name, fields, seed):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(2400)
 @settings(**SOAK, max_examples=600)
 @ONE_ADAPTER
 def test_any_adapter_does_what_it_must(name, fields, seed):
@@ -329,6 +328,5 @@ def test_some_sequences_of_adapters():
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(2400)
 def test_any_sequence_of_adapters():
     run_state_machine_as_test(Adapters, settings=settings(**SOAK, max_examples=120, stateful_step_count=30))

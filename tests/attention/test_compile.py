@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 import pytest
 import torch
-from models import adapter_parameters, loss_of, main_output, output_of, prefixed, tiny_model, token_ids
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
-    T5EncoderModel,
-)
+from models import INLINE_MODELS, adapter_parameters, loss_of, main_output, output_of, prefixed, tiny_model, token_ids
+from transformers import T5EncoderModel
 
 
-SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32}
-COMPILED = {
-    # asks for the name of its attention implementation
-    "GPT-2": lambda: tiny_model("gpt2"),
-    # write their attention out
-    "GPT-J": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
-    ),
-    "Bloom": lambda: BloomForCausalLM(BloomConfig(**SIZES, n_layer=1, n_head=4)),
-    "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZES, num_hidden_layers=1, num_attention_heads=4)),
-}
+COMPILED = {"GPT-2": lambda: tiny_model("gpt2"), **INLINE_MODELS}
+"""GPT-2 asks for the name of its attention implementation; the others write their attention out."""
 
 
 @pytest.mark.parametrize("name", COMPILED)
