@@ -28,8 +28,9 @@ from ..saving.prefix_tuning_folder import (
     remove_outdated_prefix_tuning,
     write_prefix_tuning,
 )
+from ..saving.reading import naming_file
 from ..saving.together import saving_together
-from ..saving.weights import difference_of_settings, find_weights, naming_file, read_saved_weights, write_settings
+from ..saving.weights import difference_of_settings, find_weights, read_saved_weights, write_settings
 from .snapshot import Snapshot, all_or_nothing, what_switching_changes
 
 

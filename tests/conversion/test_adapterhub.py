@@ -253,7 +253,7 @@ def test_what_cannot_be_converted_is_refused_and_the_model_stays_as_it_was(fault
 def test_a_hub_that_cannot_be_reached_is_not_said_to_lack_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"'user/news' is no directory, and its adapter_config\.json cannot be had from the Hub"
+        ValueError, match=r"'user/news' is not a directory, and its adapter_config\.json cannot be loaded from the Hub"
     ):
         from_adapterhub("user/news", build("llama"))
 
