@@ -335,11 +335,11 @@ def _fields(adapter: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration, with defaults, or raise if no prefix here is like it."""
     fields = {**DEFAULTS, **saved["config"]}
     length, left_out = fields["prefix_length"], fields["leave_out"]
-    is_number = isinstance(length, int) and not isinstance(length, bool) and length > 0
-    if not is_number or not isinstance(left_out, list) or not isinstance(saved.get("name"), str):
+    are_layers = isinstance(left_out, list) and all(type(layer) is int for layer in left_out)
+    if type(length) is not int or length < 1 or not are_layers or not isinstance(saved.get("name"), str):
         raise ValueError(
-            f"{CONFIG_NAME} of {os.fspath(adapter)!r} must have a `name`, a `prefix_length` of at least 1 and `leave_out`, a list; got "
-            f"{shortened(repr((saved.get('name'), length, left_out)))}."
+            f"{CONFIG_NAME} of {os.fspath(adapter)!r} must have a `name`, a `prefix_length` of at least 1 and `leave_out`, a list of the "
+            f"numbers of layers; got {shortened(repr((saved.get('name'), length, left_out)))}."
         )
     if fields["use_gating"]:
         raise ValueError(

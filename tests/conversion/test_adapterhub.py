@@ -233,6 +233,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another length": ({"prefix_length": 6}, "do not fit its configuration"),
     "no length": ({"prefix_length": None}, "`prefix_length` of at least 1"),
     "other layers": ({"leave_out": [0]}, "do not fit its configuration"),
+    "layers by name": ({"leave_out": ["0"]}, "`leave_out`, a list of the numbers of layers"),
+    "layers that are none": ({"leave_out": [True, None]}, "`leave_out`, a list of the numbers of layers"),
     "weights of another form": ({"flat": False}, "do not fit its configuration"),
 }
 
