@@ -166,7 +166,9 @@ class Batcher:
         with self._changed:
             while self._waiting and len(self._running) < self._max_batch_size:
                 self._running.append(self._waiting.popleft())
-            self._model.drop_unnamed({row.adapter for row in (*self._running, *self._waiting)})
+            in_use = {row.adapter for row in (*self._running, *self._waiting)}
+        # without the lock, which `submit` waits for: names change in this thread alone, so no row gets an adapter without one
+        self._model.drop_unnamed(in_use)
         if not self._is_stopping:
             self._decode_or_fail(self._running)
             self._running = [row for row in self._running if not row.is_over]

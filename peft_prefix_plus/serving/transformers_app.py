@@ -24,6 +24,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from .adapted_model import AdaptedModel, LoadedAdapter
 from .adapter_files import adapter_folder
@@ -332,7 +333,7 @@ class _Endpoints:
         answers = Answers(body, body.model or self._model.base_name, [len(prompt) for prompt in prompts])
         rows = self._batcher.submit(make_rows)
         if body.stream:
-            return StreamingResponse(_events(rows, progress, answers), media_type="text/event-stream")
+            return _Stream(rows, progress, answers)
         return await _whole_answer(rows, progress, answers, request)
 
 
@@ -351,13 +352,28 @@ async def _steps(num_rows: int, progress: asyncio.Queue[Progress]) -> AsyncItera
         yield step
 
 
-async def _events(rows: Sequence[Row], progress: asyncio.Queue[Progress], answers: Answers) -> AsyncIterator[str]:
+class _Stream(StreamingResponse):
+    """A stream of server-sent events. When it ends, the rows do, also if the client has left before the first event."""
+
+    def __init__(self, rows: Sequence[Row], progress: asyncio.Queue[Progress], answers: Answers) -> None:
+        super().__init__(_events(len(rows), progress, answers), media_type="text/event-stream")
+        self._rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self._rows:
+                row.cancel()
+
+
+async def _events(num_rows: int, progress: asyncio.Queue[Progress], answers: Answers) -> AsyncIterator[str]:
     """Yield the server-sent events of a stream."""
     num_tokens = 0
     try:
         for chunk in answers.beginnings():
             yield _event(chunk)
-        async for step in _steps(len(rows), progress):
+        async for step in _steps(num_rows, progress):
             num_tokens += len(step.token_ids)
             if step.text or step.finish_reason is not None or answers.returns_ids:
                 yield _event(answers.piece(step.index, step.text, step.token_ids, step.finish_reason))
@@ -365,9 +381,6 @@ async def _events(rows: Sequence[Row], progress: asyncio.Queue[Progress], answer
             yield _event(chunk)
     except RefusedError as error:  # too late for a status
         yield _event(error_content(error.message, error.status))
-    finally:  # also if the client has left
-        for row in rows:
-            row.cancel()
     yield "data: [DONE]\n\n"
 
 

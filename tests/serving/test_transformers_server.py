@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
@@ -515,6 +516,52 @@ def test_a_client_that_leaves_frees_its_row_and_harms_nobody(server: Running, al
         assert other.result().choices[0].token_ids == expected_tokens(alone, "joint", [9, 9], 60)
 
 
+def test_a_client_that_leaves_before_the_first_byte_frees_its_row(model_path: Path, tokenizer: Any) -> None:
+    model = load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {})
+    rows: list[Any] = []
+
+    class KeepsRows(Batcher):
+        def submit(self, make_rows: Any) -> Any:
+            rows.extend(make_rows())
+            return rows
+
+    app = make_app(model, KeepsRows(model, MAX_BATCH_SIZE), tokenizer, tokenizer.encode, AppSettings())
+    content = json.dumps({"prompt": [1, 2], "stream": True}).encode()
+    messages = [{"type": "http.request", "body": content, "more_body": False}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(_: object) -> None:
+        await asyncio.Event().wait()  # nobody takes a byte
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "asgi": {}}
+    headers = [(b"content-type", b"application/json")]
+    asyncio.run(asyncio.wait_for(app({**scope, "headers": headers}, receive, send), 30))
+    assert len(rows) == 1 and rows[0].is_over
+
+
+def test_removing_adapters_does_not_keep_requests_waiting(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {})
+    batcher, is_removing, may_go_on = Batcher(model, MAX_BATCH_SIZE), threading.Event(), threading.Event()
+
+    def drop(_: object) -> None:
+        is_removing.set()
+        may_go_on.wait(60)
+
+    monkeypatch.setattr(model, "drop_unnamed", drop)
+    batcher.start()
+    try:
+        batcher.change(lambda _: None)
+        assert is_removing.wait(60)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(batcher.submit, list).result(timeout=10) == []
+            may_go_on.set()
+    finally:
+        may_go_on.set()
+        batcher.stop()
+
+
 def test_a_request_that_makes_the_model_fail_fails_alone(
     server: Running, alone: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +654,10 @@ def test_options_of_one_engine_are_refused_for_the_other(model_path: Path) -> No
         serve(ServingSettings(model="m"), TransformersSettings(max_batch_size=2))
     with pytest.raises(ValueError, match="no arguments after --, got '--dtype'"):
         ServingSettings(model="m", engine="transformers", arguments=["--dtype"])
+    for key in ("", "clé", "a key", "key\n"):
+        with pytest.raises(ValueError, match="`api_key` must be printable ASCII"):
+            TransformersSettings(api_key=key)
+    assert TransformersSettings(api_key="sk-0_A~!").api_key == "sk-0_A~!"
     with pytest.raises(CommandError, match="'menu' cannot be served"):
         adapter = [f"menu={model_path}"]
         serve(ServingSettings(model=str(model_path), engine="transformers", adapter=adapter), TransformersSettings())
