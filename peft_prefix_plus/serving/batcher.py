@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .adapted_model import AdaptedModel
-from .decoding import ChooseTokens, Row, RowsAreOver
+from .decoding import CHANGING_LOGITS, ChooseTokens, Row, RowsAreOver
 
 
 logger = logging.getLogger(__name__)
@@ -35,19 +35,7 @@ GENERATION: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "pad_token_id": PADDING,
-    **dict.fromkeys(
-        (
-            "eos_token_id",
-            "max_length",
-            "min_length",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "typical_p",
-            "repetition_penalty",  # which would count the padding
-        )
-    ),
+    **dict.fromkeys(("eos_token_id", "max_length", *CHANGING_LOGITS)),
 }
 """Overrides the settings of the model's `generation_config` that each row chooses for itself."""
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 from .adapted_model import AdaptedModel, LoadedAdapter
 from .adapter_files import adapter_folder
 from .batcher import Batcher, StoppedError
-from .decoding import Progress, Row, Sampling
+from .decoding import LOWEST_TEMPERATURE, Progress, Row, Sampling, processors_of
 from .openai_protocol import (
     Answers,
     ChatRequest,
@@ -150,6 +150,7 @@ class _Endpoints:
         self._settings = settings
         self._created = int(time.time())
         self._defaults = model.base_model.generation_config
+        self._device = model.base_model.device
         self._vocabulary = model.base_model.get_input_embeddings().num_embeddings
 
     async def authorize(self, request: Request) -> None:
@@ -279,21 +280,25 @@ class _Endpoints:
                 param="max_tokens",
             )
 
-    def _sampling(self, body: GenerationRequest) -> Sampling:
+    def _sampling(
+        self, body: GenerationRequest, prompt: list[int], num_tokens: int, ends: Collection[int]
+    ) -> Sampling:
         """Return a request's sampling. Fields that it leaves out come from the model's `generation_config`."""
 
         def first(name: str, default: float) -> Any:
             values = (getattr(body, name), getattr(self._defaults, name, None), default)
             return next(value for value in values if value is not None)
 
-        return Sampling(
-            first("temperature", 1.0),
-            first("top_p", 1.0),
-            max(0, first("top_k", 0)),
-            first("min_p", 0.0),
-            first("repetition_penalty", 1.0),
-            body.seed,
-        )
+        fields = {
+            "temperature": first("temperature", 1.0),
+            "top_p": first("top_p", 1.0),
+            "top_k": max(0, first("top_k", 0)),
+            "min_p": first("min_p", 0.0) or None,
+            "repetition_penalty": first("repetition_penalty", 1.0),
+        }
+        fields["do_sample"] = fields["temperature"] >= LOWEST_TEMPERATURE
+        processors = processors_of(self._model.base_model, prompt, num_tokens, ends, fields, self._device)
+        return Sampling(processors, not fields["do_sample"], body.seed)
 
     def _ends(self, body: GenerationRequest) -> frozenset[int]:
         """Return the tokens that end a text."""
@@ -315,15 +320,15 @@ class _Endpoints:
                 loop.call_soon_threadsafe(progress.put_nowait, step)
 
         def make_rows() -> list[Row]:
-            adapter = self._find(body.model)
+            adapter, ends = self._find(body.model), self._ends(body)
             return [
                 Row(
                     adapter,
                     prompt,
                     num_tokens,
-                    self._sampling(body),
+                    self._sampling(body, prompt, num_tokens, ends),
                     TextStream(self._decoder, body.stop_strings),
-                    self._ends(body),
+                    ends,
                     send,
                     index,
                 )

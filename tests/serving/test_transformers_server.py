@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -23,10 +25,18 @@ import pytest
 import torch
 import uvicorn
 from served import VOCABULARY, Reference, save_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    WatermarkingConfig,
+)
 from typing_extensions import Self
 
 from peft_prefix_plus.serving.batcher import Batcher, StoppedError
+from peft_prefix_plus.serving.decoding import CHANGING_LOGITS
 from peft_prefix_plus.serving.transformers_app import AppSettings, StoppingServer, make_app
 from peft_prefix_plus.serving.transformers_server import load_adapters
 
@@ -304,6 +314,52 @@ def test_a_penalty_on_repetitions_is_the_requests_or_the_models_and_does_not_cou
         assert answer.choices[0].token_ids == [0] * 20
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 1},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"repetition_penalty": 3.0},
+    {"encoder_repetition_penalty": 3.0},
+    {"sequence_bias": [[[0, 7, 4], 10.0]]},
+    {"bad_words_ids": [[0, 7, 1]]},
+    {"min_new_tokens": 3, "eos_token_id": 1},
+    {"min_length": 5, "eos_token_id": 1},
+    {"exponential_decay_length_penalty": (2, 0.1), "eos_token_id": 2},
+    {"forced_eos_token_id": 3, "eos_token_id": 3},
+    {"suppress_tokens": [1], "begin_suppress_tokens": [0]},
+    {"watermarking_config": WatermarkingConfig(context_width=2, bias=20.0)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_the_models_settings_see_of_each_row_only_its_own_tokens(
+    model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    base_model = AutoModelForCausalLM.from_pretrained(model_path)
+    scores = -1.0 - torch.arange(VOCABULARY)  # token 1 is the likeliest, then the padding, 2, 3, …
+    scores[0] = -2.5
+    monkeypatch.setattr(base_model.lm_head, "forward", lambda states: scores.expand(*states.shape[:-1], -1))
+    for name, value in settings.items():
+        setattr(base_model.generation_config, name, value)
+    prompts = [[7], [7, 8, 9], [5] * 30]
+    expected = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt])
+        mask = torch.ones_like(input_ids)
+        output = base_model.generate(input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        expected.append(output[0, len(prompt) :].tolist())
+    with Running(base_model, tokenizer, {}) as running:
+        answer = running.client.completions.create(
+            model="base", prompt=prompts, max_tokens=6, temperature=0, extra_body={"return_token_ids": True}
+        )
+    assert [choice.token_ids for choice in answer.choices] == expected
+
+
+def test_all_that_changes_logits_in_transformers_is_a_rows_own() -> None:
+    read = re.findall(r"generation_config\.(\w+)", inspect.getsource(GenerationMixin._get_logits_processor))
+    others = {"_eos_token_tensor", "do_sample", "max_length", "num_beams", "use_cache"}
+    assert set(read) - others == set(CHANGING_LOGITS)
+
+
 def test_first_tokens_are_drawn_with_their_probabilities(server: Running, alone: Reference) -> None:
     prompt, temperature = [1, 2, 3], 0.5
     alone.model.set_adapter("joint")
@@ -375,7 +431,7 @@ def test_a_broken_adapter_is_refused_and_the_server_goes_on(
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 5}))
     for path, words in {
         cut: "cut",
-        tmp_path / "none": "no directory",
+        tmp_path / "none": "not a directory",
         other: "LORA",
         wrong: "5",
         model_path: "adapter_config.json",
@@ -390,7 +446,7 @@ def test_a_broken_adapter_is_refused_and_the_server_goes_on(
 
 
 def test_an_adapter_that_is_broken_at_the_start_is_named(model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'menu' cannot be served.*no directory"):
+    with pytest.raises(ValueError, match=r"'menu' cannot be served.*not a directory"):
         load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {"menu": str(tmp_path / "none")})
 
 
