@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import create_repo
+from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -25,8 +28,10 @@ from transformers import (
 )
 
 from ..config import SERVABLE, PrefixPlusConfig
+from ..saving.files import CARD_NAME, TRAINER_STATE, update_model_card
+from ..saving.reading import find_file
 from ..serving.folding import why_not_served
-from ..training.checkpoints import remove_checkpoints
+from ..training.checkpoints import checkpoints, remove_checkpoints
 from ..training.padding import padding_id
 from .chat import encode_chat
 from .errors import CommandError, shown_as_command_error
@@ -370,7 +375,12 @@ def upload(model: PeftModel, tokenizer: PreTrainedTokenizerBase, repository: str
         CommandError: If that fails. The adapter is still in the output directory.
     """
     doing = f"The adapter is in {settings.output}, but it cannot be uploaded to {repository!r}"
-    with shown_as_command_error(Exception, while_doing=doing):
-        model.push_to_hub(repository)
-        tokenizer.push_to_hub(repository)
+    with shown_as_command_error(Exception, while_doing=doing), tempfile.TemporaryDirectory() as folder:
+        # what its author has written on the Hub's card stays
+        shutil.copy(find_file(repository, CARD_NAME) or settings.output / CARD_NAME, Path(folder, CARD_NAME))
+        for checkpoint in checkpoints(settings.output, complete_only=True)[-1:]:
+            shutil.copy(checkpoint / TRAINER_STATE, folder)  # of which the card has a table
+        save_adapter(model, tokenizer, Path(folder))
+        update_model_card(folder, repository)
+        upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=TRAINER_STATE)
     print(f"The adapter is on the Hub: {repository}")
