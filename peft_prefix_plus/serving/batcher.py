@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .adapted_model import AdaptedModel
 from .decoding import CHANGING_LOGITS, ChooseTokens, Row, RowsAreOver
+from .left_padding import left_padded
 
 
 logger = logging.getLogger(__name__)
@@ -179,14 +179,8 @@ class Batcher:
         rows = [row for row in rows if not row.is_over]
         if not rows:
             return
-        texts = [row.prompt + row.tokens for row in rows]
-        length = max(map(len, texts))
         device = self._model.base_model.device
-        input_ids = torch.full((len(rows), length), PADDING)
-        attention_mask = torch.zeros_like(input_ids)
-        for number, text in enumerate(texts):
-            input_ids[number, length - len(text) :] = torch.tensor(text)
-            attention_mask[number, length - len(text) :] = 1
+        input_ids, attention_mask = left_padded([row.prompt + row.tokens for row in rows], PADDING)
         self._model.generate(
             [row.adapter for row in rows],
             input_ids=input_ids.to(device),
