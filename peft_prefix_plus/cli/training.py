@@ -56,7 +56,7 @@ from .training_output import (
     save_adapter,
 )
 from .training_report import report
-from .training_settings import TrainingSettings
+from .training_settings import TrainingSettings, trainer_arguments
 
 
 __all__ = ["TrainingSettings", "encode_all", "train"]
@@ -128,30 +128,18 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
     by_steps = settings.eval_strategy == "steps"
     eval_steps = settings.eval_steps or settings.logging_steps  # the Trainer's rule
     save_steps = settings.save_steps or (eval_steps if keeps_best and by_steps else 500)
-    return TrainingArguments(
-        output_dir=str(settings.output),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
+    return trainer_arguments(
+        settings,
         weight_decay=settings.weight_decay,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
         save_strategy="epoch" if keeps_best and not by_steps and settings.save_steps is None else "steps",
         save_steps=save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        logging_steps=settings.logging_steps,
         eval_strategy=settings.eval_strategy or "no",
         eval_steps=eval_steps if by_steps else None,
         load_best_model_at_end=keeps_best,
         metric_for_best_model=settings.metric_for_best_model if keeps_best else None,
-        disable_tqdm=not settings.progress,
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=settings.report_to,
     )
