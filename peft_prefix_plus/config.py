@@ -12,13 +12,13 @@ from typing import Any, Literal, get_args
 
 import regex
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
 from transformers.activations import ACT2FN
 
 from .encoders import ENCODERS
 from .registration import PREFIX_PLUS
 from .saving.files import update_card_of_saved_config, update_model_card, write_atomically
-from .saving.weights import BROKEN_FILE, SavedWeights, check_saved_weights, read_saved_weights
+from .saving.reading import naming_config
+from .saving.weights import SavedWeights, check_saved_weights, read_saved_weights
 
 
 Reparameterization = Literal["none", "linear", "mlp"]
@@ -394,37 +394,14 @@ class PrefixPlusConfig(PeftConfig):
         cls, source: str, subfolder: str | None = None, **kwargs: Any
     ) -> tuple[PrefixPlusConfig, SavedWeights | None]:
         """Load a configuration as `from_pretrained` does, and return with it what the file of the weights says of them."""
-        path = os.path.join(source, subfolder or "", CONFIG_NAME)
-        try:
+        with naming_config(source, subfolder):
             config = super().from_pretrained(source, subfolder=subfolder, **kwargs)
-        except (ValueError, *BROKEN_FILE) as error:
-            if CONFIG_NAME in str(error):
-                raise  # it names the file
-            raise ValueError(
-                f"{path} is not a valid configuration ({type(error).__name__}: {error}). Correct it, or copy or download the "
-                "adapter again."
-            ) from error
         hub_kwargs, *_ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         weights = read_saved_weights(source, subfolder, **hub_kwargs)
         if weights is not None and isinstance(config, PrefixPlusConfig):
             check_saved_weights(weights, config.to_dict())
         config.awaits_weights = True
         return config, weights
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """
-        Load the fields of a configuration from a JSON file.
-
-        Raises:
-            ValueError: If the file does not contain them.
-        """
-        fields: Any = super().from_json_file(path_json_file, **kwargs)
-        if not isinstance(fields, dict):
-            raise ValueError(  # noqa: TRY004
-                f"{path_json_file} must have the fields of a configuration, got {shortened(repr(fields))}."
-            )
-        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from ..saving.files import CARD_NAME, CONFIG_NAME, is_prefix_tuning_folder
-from ..saving.weights import UNFINISHED, naming_file
+from ..saving.reading import find_folder, load_config, naming_file
+from ..saving.weights import UNFINISHED
 from .snapshot import all_or_nothing
 
 
@@ -37,8 +36,8 @@ def load_adapters(
 
     Raises:
         TypeError: If the model is a `PeftModel`.
-        ValueError: If there is no adapter, one of them cannot be loaded, or one replaces the input instead of layers.
-            The model is then as it was.
+        ValueError: If there is no adapter, the Hub cannot be reached, a file is missing or broken, or an adapter replaces the input
+            instead of layers. The model is then as it was, as it is after any other error.
 
     Example:
 
@@ -64,18 +63,15 @@ def load_adapters(
     """
     if isinstance(model, PeftModel):
         raise TypeError("The model is a PeftModel. Give the base model, model.unload().")
-    if not os.path.isdir(directory):
-        directory = snapshot_download(
-            str(directory), allow_patterns=["adapter_*", "*/adapter_*", f"*/{CARD_NAME}"], **hub_kwargs
-        )
-    folders = _adapter_folders(Path(directory))
+    folder_of_all = find_folder(directory, ["adapter_*", "*/adapter_*", f"*/{CARD_NAME}"], **hub_kwargs)
+    folders = _adapter_folders(folder_of_all)
     if not folders:
         raise ValueError(f"{directory} has no adapter: neither it nor a folder in it has the file {CONFIG_NAME}.")
     wrappers: dict[Any, PeftModel] = {}
     loaded = {}
     with all_or_nothing(model):
         for name, folder in folders.items():
-            config = _read_config(folder)
+            config: Any = load_config(folder)
             if config.is_prompt_learning and len(folders) > 1:
                 raise ValueError(
                     f"The adapter {name!r} is one of {config.peft_type.value}, which only its own PeftModel computes with. Load it alone, "
@@ -93,18 +89,6 @@ def load_adapters(
                     )
             loaded[name] = wrappers[config.peft_type]
     return loaded
-
-
-def _read_config(folder: Path) -> Any:
-    with naming_file(folder):
-        try:
-            return PeftConfig.from_pretrained(str(folder))
-        except KeyError as error:
-            raise ValueError(
-                f"The adapter in {folder} is of the method {error}, which PEFT does not know. Import the package that has it."
-            ) from error
-        except JSONDecodeError as error:
-            raise ValueError(f"{folder / CONFIG_NAME} is broken ({error}). Copy or download it again.") from error
 
 
 def _adapter_folders(directory: Path) -> dict[str, Path]:

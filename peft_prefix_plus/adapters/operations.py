@@ -28,8 +28,9 @@ from ..saving.prefix_tuning_folder import (
     remove_outdated_prefix_tuning,
     write_prefix_tuning,
 )
+from ..saving.reading import find_file, naming_file
 from ..saving.together import saving_together
-from ..saving.weights import difference_of_settings, find_weights, naming_file, read_saved_weights, write_settings
+from ..saving.weights import difference_of_settings, find_weights, read_saved_weights, write_settings
 from .snapshot import Snapshot, all_or_nothing, what_switching_changes
 
 
@@ -216,13 +217,12 @@ def _check_same_settings(model: Any, name: str, source: Any, hub_kwargs: dict[st
     """
     own = model.base_model.resolved_config(name).to_dict()
     found = []
-    try:
+    # weights need no configuration, but where there is one it must be right
+    if find_file(source, CONFIG_NAME, **hub_kwargs) is None:
+        weights = read_saved_weights(source, **hub_kwargs)
+    else:
         config, weights = PrefixPlusConfig._with_weights(source, **hub_kwargs)
         found.append((f"{CONFIG_NAME} of {source}", config.to_dict()))
-    except ValueError:
-        weights = read_saved_weights(source, **hub_kwargs)
-        if weights is None or os.path.exists(os.path.join(os.path.dirname(weights.path), CONFIG_NAME)):
-            raise  # there is no need of a configuration, but where there is one it must be right
     if weights is not None:
         found.insert(0, (weights.path, weights.settings))
     for where, saved in found:

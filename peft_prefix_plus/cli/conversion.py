@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME
 
@@ -18,6 +16,7 @@ from ..conversion.cartridge import from_cartridge, to_cartridge
 from ..conversion.key_values import FILE_NAME, from_key_values, read_key_values, to_key_values
 from ..conversion.prefix_tuning import from_prefix_tuning, to_prefix_tuning
 from ..registration import PREFIX_PLUS
+from ..saving.reading import find_file, read_fields
 from .errors import CommandError, shown_as_command_error
 from .loading import (
     BASE_MODEL_HELP,
@@ -167,9 +166,8 @@ def recognize(adapter: str) -> tuple[str, PeftConfig]:
 def _is_of_adapterhub(adapter: str) -> bool:
     """Whether a configuration is not PEFT's, but one of the library `adapters`. One that cannot be read is not."""
     try:
-        path = os.path.join(adapter, CONFIG_NAME) if os.path.isdir(adapter) else hf_hub_download(adapter, CONFIG_NAME)
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        path = find_file(adapter, CONFIG_NAME)
+        fields = {} if path is None else read_fields(path)
+    except (OSError, ValueError):
         return False  # which reading it as PEFT's says better
-    return isinstance(fields, dict) and "peft_type" not in fields and isinstance(fields.get("config"), dict)
+    return "peft_type" not in fields and isinstance(fields.get("config"), dict)

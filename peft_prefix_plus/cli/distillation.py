@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from ..config import PrefixPlusConfig
 from ..training.checkpoints import checkpoints, remove_checkpoints
@@ -19,6 +17,7 @@ from .loading import DTYPE_HELP, LARGEST_SEED, check_dtype, load_model, load_tok
 from .records import check_text, check_vocabulary, read_conversations, read_templates
 from .rows import read_text
 from .training_output import check_same_config, is_used, save_adapter
+from .training_settings import trainer_arguments
 
 
 @dataclass
@@ -171,7 +170,7 @@ def distill_document(settings: DistillationSettings, config: DocumentPrefixConfi
             batch_size=settings.writing_batch_size,
             seed=settings.seed,
         )
-        arguments = training_arguments(settings)
+        arguments = trainer_arguments(settings, save_steps=settings.save_steps, report_to="none")
         model = get_peft_model(base_model, config.plain())
     names = load_distractors(model, settings.distractors or [])
     if settings.gradient_checkpointing:
@@ -262,25 +261,3 @@ def check_output(settings: DistillationSettings, config: PrefixPlusConfig) -> No
     else:
         for checkpoint in checkpoints(output, complete_only=True)[-1:]:
             check_same_config(checkpoint, config, settings.model)
-
-
-def training_arguments(settings: DistillationSettings) -> TrainingArguments:
-    """Return the Trainer's arguments for these options."""
-    values: dict[str, Any] = dict(
-        output_dir=str(settings.output),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        seed=settings.seed,
-        save_steps=settings.save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        logging_steps=settings.logging_steps,
-        disable_tqdm=not settings.progress,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-    )
-    return TrainingArguments(**values)

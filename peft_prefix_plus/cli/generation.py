@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from ..serving.left_padding import left_padded
 from ..training.padding import padding_id
 from .errors import CommandError, check_numbers, check_positive
 from .loading import (
@@ -146,12 +147,7 @@ def complete(
     check_positions(model, max(map(len, encoded), default=0), max_new_tokens)
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
-        length = max(map(len, batch))
-        input_ids = torch.full((len(batch), length), padding)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, token_ids in enumerate(batch):
-            input_ids[row, length - len(token_ids) :] = torch.tensor(token_ids)
-            attention_mask[row, length - len(token_ids) :] = 1
+        input_ids, attention_mask = left_padded(batch, padding)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -159,7 +155,7 @@ def complete(
             pad_token_id=padding,
             **kwargs,
         )
-        yield from tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        yield from tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
 
 def check_positions(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:

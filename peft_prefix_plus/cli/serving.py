@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -74,8 +75,11 @@ class TransformersSettings:
         check_numbers(self, 1, "max_batch_size")
         if self.max_model_len is not None:
             check_numbers(self, 2, "max_model_len")
-        if self.api_key == "":
-            raise ValueError("`api_key` is empty. Give a key, or leave it out.")
+        if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
+            raise ValueError(
+                "`api_key` must be printable ASCII characters without spaces, because clients encode others in different ways. "
+                "Give another key, or leave it out."
+            )
 
 
 def named_adapters(adapters: list[str]) -> dict[str, str]:

@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import create_repo
+from huggingface_hub import create_repo, upload_folder
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -25,8 +28,10 @@ from transformers import (
 )
 
 from ..config import SERVABLE, PrefixPlusConfig
+from ..saving.files import CARD_NAME, TRAINER_STATE, update_model_card
+from ..saving.reading import find_file
 from ..serving.folding import why_not_served
-from ..training.checkpoints import remove_checkpoints
+from ..training.checkpoints import checkpoints, remove_checkpoints
 from ..training.padding import padding_id
 from .chat import encode_chat
 from .errors import CommandError, shown_as_command_error
@@ -51,7 +56,7 @@ from .training_output import (
     save_adapter,
 )
 from .training_report import report
-from .training_settings import TrainingSettings
+from .training_settings import TrainingSettings, trainer_arguments
 
 
 __all__ = ["TrainingSettings", "encode_all", "train"]
@@ -123,30 +128,18 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
     by_steps = settings.eval_strategy == "steps"
     eval_steps = settings.eval_steps or settings.logging_steps  # the Trainer's rule
     save_steps = settings.save_steps or (eval_steps if keeps_best and by_steps else 500)
-    return TrainingArguments(
-        output_dir=str(settings.output),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
+    return trainer_arguments(
+        settings,
         weight_decay=settings.weight_decay,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.accelerator.is_available(),  # without it, the Trainer refuses bf16 on a CPU
         save_strategy="epoch" if keeps_best and not by_steps and settings.save_steps is None else "steps",
         save_steps=save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        logging_steps=settings.logging_steps,
         eval_strategy=settings.eval_strategy or "no",
         eval_steps=eval_steps if by_steps else None,
         load_best_model_at_end=keeps_best,
         metric_for_best_model=settings.metric_for_best_model if keeps_best else None,
-        disable_tqdm=not settings.progress,
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=settings.report_to,
     )
@@ -370,7 +363,12 @@ def upload(model: PeftModel, tokenizer: PreTrainedTokenizerBase, repository: str
         CommandError: If that fails. The adapter is still in the output directory.
     """
     doing = f"The adapter is in {settings.output}, but it cannot be uploaded to {repository!r}"
-    with shown_as_command_error(Exception, while_doing=doing):
-        model.push_to_hub(repository)
-        tokenizer.push_to_hub(repository)
+    with shown_as_command_error(Exception, while_doing=doing), tempfile.TemporaryDirectory() as folder:
+        # what its author has written on the Hub's card stays
+        shutil.copy(find_file(repository, CARD_NAME) or settings.output / CARD_NAME, Path(folder, CARD_NAME))
+        for checkpoint in checkpoints(settings.output, complete_only=True)[-1:]:
+            shutil.copy(checkpoint / TRAINER_STATE, folder)  # of which the card has a table
+        save_adapter(model, tokenizer, Path(folder))
+        update_model_card(folder, repository)
+        upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=TRAINER_STATE)
     print(f"The adapter is on the Hub: {repository}")

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import PrefixPlusConfig
 from ..saving.files import update_model_card, write_atomically
+from ..saving.reading import read_fields
 from ..saving.together import saving_together
 from ..training.checkpoints import checkpoints
 from .errors import CommandError, shown_as_command_error
@@ -93,9 +94,10 @@ def made_directory(directory: Path) -> Iterator[None]:
 def _has_options(checkpoint: Path) -> bool:
     """Return whether the last file of a checkpoint was written."""
     try:
-        return isinstance(json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8")), dict)
+        read_fields(checkpoint / OPTIONS_FILE)
     except (OSError, ValueError):
         return False
+    return True
 
 
 def lasting_options(settings: TrainingSettings) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def check_same_options(checkpoint: Path, options: dict[str, Any]) -> None:
     Raises:
         CommandError: If it was not. The message names the differences.
     """
-    saved = json.loads((checkpoint / OPTIONS_FILE).read_text(encoding="utf-8"))
+    saved = read_fields(checkpoint / OPTIONS_FILE)
     differing = [
         f"`{name}` was {saved.get(name)!r} and is {value!r} now"
         for name, value in options.items()

@@ -1,10 +1,13 @@
-"""The options of `prefix-plus train`."""
+"""The options of `prefix-plus train`, and what `train` and `distill` alike tell the Trainer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
 
 from .errors import check_numbers, check_positive
 from .loading import LARGEST_SEED, TASKS, Source, check_dtype
@@ -188,3 +191,29 @@ class TrainingSettings:
     def bits(self) -> int | None:
         """The number of bits to quantize the base model to, or `None`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+
+def trainer_arguments(settings: Any, **more: Any) -> TrainingArguments:
+    """
+    Return the Trainer's arguments for the options that all trainings have.
+
+    Args:
+        settings (`TrainingSettings` or `DistillationSettings`): The options.
+        more: Further arguments.
+    """
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        seed=settings.seed,
+        save_total_limit=settings.keep_checkpoints,
+        logging_steps=settings.logging_steps,
+        disable_tqdm=not settings.progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
+    )

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,8 +30,8 @@ from ..probing.geometry import AttentionGeometry
 from ..probing.recording import evaluating
 from ..probing.targets import select_modules
 from ..saving.files import CONFIG_NAME, write_atomically
+from ..saving.reading import find_file, naming_file, read_fields
 from ..saving.together import saving_together
-from ..saving.weights import naming_file
 from ..starting.initialization import initialize_from_key_values
 from .arguments import check_base_model, check_fixed_positions, check_joint, task_type_of
 from .flatten import prefix_key_values
@@ -319,33 +317,29 @@ def read_adapterhub_config(adapter: str | os.PathLike[str], **hub_arguments: Any
     Raises:
         ValueError: If there is none, or it is of another method.
     """
-    path = _find(adapter, CONFIG_NAME, hub_arguments)
+    path = find_file(adapter, CONFIG_NAME, **hub_arguments)
     if path is None:
         raise ValueError(f"{os.fspath(adapter)!r} has no {CONFIG_NAME}.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    config = saved.get("config") if isinstance(saved, dict) else None
+    saved = read_fields(path)
+    config = saved.get("config")
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if architecture != "prefix_tuning":
         raise ValueError(
             f"{path} must be the configuration of an adapter of AdapterHub with the architecture 'prefix_tuning', got "
             f"{shortened(repr(architecture))}."
         )
-    return dict(saved)
+    return saved
 
 
 def _fields(adapter: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration, with defaults, or raise if no prefix here is like it."""
     fields = {**DEFAULTS, **saved["config"]}
     length, left_out = fields["prefix_length"], fields["leave_out"]
-    is_number = isinstance(length, int) and not isinstance(length, bool) and length > 0
-    if not is_number or not isinstance(left_out, list) or not isinstance(saved.get("name"), str):
+    are_layers = isinstance(left_out, list) and all(type(layer) is int for layer in left_out)
+    if type(length) is not int or length < 1 or not are_layers or not isinstance(saved.get("name"), str):
         raise ValueError(
-            f"{CONFIG_NAME} of {os.fspath(adapter)!r} must have a `name`, a `prefix_length` of at least 1 and `leave_out`, a list; got "
-            f"{shortened(repr((saved.get('name'), length, left_out)))}."
+            f"{CONFIG_NAME} of {os.fspath(adapter)!r} must have a `name`, a `prefix_length` of at least 1 and `leave_out`, a list of the "
+            f"numbers of layers; got {shortened(repr((saved.get('name'), length, left_out)))}."
         )
     if fields["use_gating"]:
         raise ValueError(
@@ -357,28 +351,8 @@ def _fields(adapter: Any, saved: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _find(adapter: Any, name: str, hub_arguments: Mapping[str, Any]) -> str | None:
-    """
-    Return an adapter's file, or `None` if it has none of this name.
-
-    Raises:
-        ValueError: If the Hub does not say.
-    """
-    if os.path.isdir(adapter):
-        path = os.path.join(adapter, hub_arguments.get("subfolder") or "", name)
-        return path if os.path.isfile(path) else None
-    try:
-        return hf_hub_download(os.fspath(adapter), name, **hub_arguments)
-    except RemoteEntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # what the Hub raises is either
-        raise ValueError(
-            f"The adapter {os.fspath(adapter)!r} is no directory, and its {name} cannot be had from the Hub: {error}"
-        ) from error
-
-
 def _read_weights(adapter: Any, allow_pickle: bool, hub_arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    path = _find(adapter, SAFETENSORS_NAME, hub_arguments)
+    path = find_file(adapter, SAFETENSORS_NAME, **hub_arguments)
     if path is not None:
         with naming_file(path):
             return load_file(path)
@@ -387,7 +361,7 @@ def _read_weights(adapter: Any, allow_pickle: bool, hub_arguments: Mapping[str, 
             f"The adapter {os.fspath(adapter)!r} has no {SAFETENSORS_NAME}. If its weights are in {PICKLE_NAME} and you trust where they "
             "come from, pass allow_pickle=True: then tensors, and nothing else, are unpickled."
         )
-    path = _find(adapter, PICKLE_NAME, hub_arguments)
+    path = find_file(adapter, PICKLE_NAME, **hub_arguments)
     if path is None:
         raise ValueError(f"The adapter {os.fspath(adapter)!r} has neither {SAFETENSORS_NAME} nor {PICKLE_NAME}.")
     with naming_file(path):

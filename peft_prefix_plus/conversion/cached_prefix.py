@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     CartridgeConfig,
     PeftConfig,
@@ -34,6 +32,7 @@ from ..probing.modules import attention_modules
 from ..probing.recording import evaluating
 from ..probing.targets import select_modules
 from ..saving.prefix_tuning_folder import save_cached_prefix
+from ..saving.reading import find_file, load_config
 from ..starting.initialization import initialize_from_key_values
 from .arguments import check_base_model, check_fixed_positions, check_joint
 from .exactness import (
@@ -175,24 +174,13 @@ def _load(
 ) -> PeftModel:
     """Put a saved adapter on the base model, as PEFT loads it."""
     name = os.fspath(adapter)
-    _check_type(method, PeftConfig.from_pretrained(name, **hub_arguments))
-    if not allow_pickle and not _has_safetensors(name, hub_arguments):
+    _check_type(method, load_config(name, **hub_arguments))
+    if not allow_pickle and find_file(name, SAFETENSORS_WEIGHTS_NAME, **hub_arguments) is None:
         raise ValueError(
-            f"The adapter {name!r} has no {SAFETENSORS_WEIGHTS_NAME} that can be found. If its weights are in another format and you "
+            f"The adapter {name!r} has no {SAFETENSORS_WEIGHTS_NAME}. If its weights are in another format and you "
             "trust where it comes from, pass allow_pickle=True; otherwise load it with PEFT and save it anew."
         )
     return PeftModel.from_pretrained(base, name, **hub_arguments)
-
-
-def _has_safetensors(name: str, hub_arguments: Mapping[str, Any]) -> bool:
-    subfolder = hub_arguments.get("subfolder")
-    if os.path.isdir(name):
-        return os.path.isfile(os.path.join(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
-    try:
-        hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, **hub_arguments)
-    except EntryNotFoundError:
-        return False
-    return True
 
 
 def _check_source(method: CachedPrefix, source: PeftModel) -> Any:

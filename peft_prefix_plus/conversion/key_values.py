@@ -46,8 +46,8 @@ from ..config import PrefixPlusConfig, shortened
 from ..layer import GATE_SCALE
 from ..probing.recording import evaluating
 from ..probing.targets import select_modules
+from ..saving.reading import naming_file
 from ..saving.together import saving_together
-from ..saving.weights import naming_file
 from ..starting.initialization import initialize_from_key_values
 from .arguments import check_base_model, task_type_of
 from .flatten import prefix_key_values

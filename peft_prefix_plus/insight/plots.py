@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..conversion.flatten import prefix_key_values
+from ..saving.reading import read_fields
 
 
 if TYPE_CHECKING:
@@ -129,8 +128,8 @@ def plot_training_curve(state: Any) -> Figure:
 
 def _log_history(state: Any) -> list[dict[str, float]]:
     if isinstance(state, (str, os.PathLike)):
-        loaded = json.loads(Path(state).read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict) or "log_history" not in loaded:
+        loaded = read_fields(state)
+        if "log_history" not in loaded:
             raise ValueError(
                 f"{state} has no 'log_history'; expected the trainer_state.json of a Trainer's checkpoint."
             )

@@ -5,7 +5,6 @@ load the adapters, from the adapters in the card's directory.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..registration import PREFIX_PLUS
 from .model_card import SavedAdapter, Training, how_to_use, is_hub_id, update_metadata, with_section
+from .reading import read_fields
 from .weights import UNFINISHED, read_weights
 
 
@@ -153,11 +153,10 @@ def _saved_adapters(directory: str) -> Iterator[SavedAdapter]:
         if subfolder is not None and os.path.exists(os.path.join(path, CARD_NAME)):
             continue
         try:
-            with open(os.path.join(path, CONFIG_NAME), encoding="utf-8") as file:
-                config = json.load(file)
+            config = read_fields(os.path.join(path, CONFIG_NAME))
         except (OSError, ValueError):
             continue
-        if isinstance(config, dict) and config.get("peft_type") == PREFIX_PLUS.value:
+        if config.get("peft_type") == PREFIX_PLUS.value:
             adapter = SavedAdapter(subfolder, config)
             folder = prefix_tuning_folder(adapter.name)
             has_prefix_tuning = is_prefix_tuning_folder(os.path.join(directory, folder))
@@ -190,11 +189,10 @@ def _training_of(directory: str, data: Any) -> Training:
             reverse=True,
         ),
     ]
-    state: Any = {}
+    state: dict[str, Any] = {}
     for path in filter(os.path.isfile, paths):
         try:
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
+            state = read_fields(path)
             break
         except (OSError, ValueError):
             continue

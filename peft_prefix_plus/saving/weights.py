@@ -12,8 +12,7 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,10 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..registration import METHOD_NAME
+from .reading import naming_file
 
 
 SETTINGS_KEY = "prefix_plus_settings"
@@ -52,17 +52,6 @@ ADVICE = (
     "The adapter was saved from another base model or with other settings. Load it into the model that its "
     "`base_model_name_or_path` names, with the `adapter_config.json` that it was saved with."
 )
-
-BROKEN_FILE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    EOFError,
-    KeyError,
-    RecursionError,
-    OverflowError,
-    UnicodeError,
-)
-"""What reading a broken file raises, besides errors that say which file it is."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +151,6 @@ def _read_remote_header(repo_id: str, name: str, hub_kwargs: Mapping[str, Any]) 
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
     return SavedWeights(f"{repo_id}/{name}", shapes, _settings_in(header.metadata or {}))
-
-
-@contextmanager
-def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Make an error about a file's contents name the file, and say what to do."""
-    try:
-        yield
-    except BROKEN_FILE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(
-            f"{os.fspath(path)} cannot be read as an adapter ({type(error).__name__}: {reason}). It is incomplete or broken: "
-            "copy or download it again, or save the adapter anew."
-        ) from error
 
 
 def read_weights(path: str) -> SavedWeights:

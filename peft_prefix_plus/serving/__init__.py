@@ -8,6 +8,6 @@ vLLM.
 In transformers: `adapted_model` holds the adapters, `batcher` runs it, `decoding` and `text_stream` handle each row, and
 `transformers_app` and `transformers_server` answer the requests.
 
-Both use `openai_protocol` and `adapter_files`. May import everything but `insight`, `training` and `cli`; nothing but
-`cli` imports it.
+Both use `openai_protocol` and `adapter_files`. `left_padding` is also for the command that generates. May import everything
+but `insight`, `training` and `cli`; nothing but `cli` imports it.
 """

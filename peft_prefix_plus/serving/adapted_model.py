@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel, PeftType
 
 from ..model import BASE_MODEL_NAME
 from ..registration import PREFIX_PLUS
+from ..saving.reading import load_config
 from .adapter_files import chat_template, check_name
 
 
@@ -94,7 +95,7 @@ class AdaptedModel:
                 changed then.
         """
         self.check_name(name)
-        config = PeftConfig.from_pretrained(str(folder))
+        config = load_config(folder)
         if config.peft_type != PREFIX_PLUS:
             raise ValueError(_other_method(source, config))
         adapter = LoadedAdapter(f"served_{self._num_loaded}", source, chat_template(folder))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
+
+from ..saving.reading import find_folder
 
 
 def adapter_folder(adapter: str, **hub_arguments: Any) -> Path:
@@ -25,21 +25,7 @@ def adapter_folder(adapter: str, **hub_arguments: Any) -> Path:
     Raises:
         ValueError: If there is no such adapter, or its configuration or weights are missing.
     """
-    if os.path.isdir(adapter):
-        folder = Path(adapter)
-    else:
-        try:
-            folder = Path(
-                snapshot_download(
-                    adapter,
-                    allow_patterns=[CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CHAT_TEMPLATE_FILE],
-                    **hub_arguments,
-                )
-            )
-        except (OSError, ValueError) as error:  # what the Hub raises is either
-            raise ValueError(
-                f"The adapter {adapter!r} is no directory, and downloading it from the Hub failed: {error}"
-            ) from error
+    folder = find_folder(adapter, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CHAT_TEMPLATE_FILE], **hub_arguments)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"The adapter {adapter!r} has no {name}. Save it by model.save_pretrained().")

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .adapted_model import AdaptedModel
-from .decoding import ChooseTokens, Row, RowsAreOver
+from .decoding import CHANGING_LOGITS, ChooseTokens, Row, RowsAreOver
+from .left_padding import left_padded
 
 
 logger = logging.getLogger(__name__)
@@ -35,19 +35,7 @@ GENERATION: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "pad_token_id": PADDING,
-    **dict.fromkeys(
-        (
-            "eos_token_id",
-            "max_length",
-            "min_length",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "typical_p",
-            "repetition_penalty",  # which would count the padding
-        )
-    ),
+    **dict.fromkeys(("eos_token_id", "max_length", *CHANGING_LOGITS)),
 }
 """Overrides the settings of the model's `generation_config` that each row chooses for itself."""
 
@@ -166,7 +154,9 @@ class Batcher:
         with self._changed:
             while self._waiting and len(self._running) < self._max_batch_size:
                 self._running.append(self._waiting.popleft())
-            self._model.drop_unnamed({row.adapter for row in (*self._running, *self._waiting)})
+            in_use = {row.adapter for row in (*self._running, *self._waiting)}
+        # without the lock, which `submit` waits for: names change in this thread alone, so no row gets an adapter without one
+        self._model.drop_unnamed(in_use)
         if not self._is_stopping:
             self._decode_or_fail(self._running)
             self._running = [row for row in self._running if not row.is_over]
@@ -189,14 +179,8 @@ class Batcher:
         rows = [row for row in rows if not row.is_over]
         if not rows:
             return
-        texts = [row.prompt + row.tokens for row in rows]
-        length = max(map(len, texts))
         device = self._model.base_model.device
-        input_ids = torch.full((len(rows), length), PADDING)
-        attention_mask = torch.zeros_like(input_ids)
-        for number, text in enumerate(texts):
-            input_ids[number, length - len(text) :] = torch.tensor(text)
-            attention_mask[number, length - len(text) :] = 1
+        input_ids, attention_mask = left_padded([row.prompt + row.tokens for row in rows], PADDING)
         self._model.generate(
             [row.adapter for row in rows],
             input_ids=input_ids.to(device),

@@ -7,21 +7,13 @@ and a stopping criterion ends each row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from .adapted_model import LoadedAdapter
 from .text_stream import TextStream
@@ -30,42 +22,36 @@ from .text_stream import TextStream
 LOWEST_TEMPERATURE = 1e-4
 """Below this, sampling is greedy: the scaled logits would overflow, and the likeliest token has all of the probability anyway."""
 
+CHANGING_LOGITS = (
+    *("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("min_length", "min_new_tokens", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("remove_invalid_values", "renormalize_logits", "watermarking_config", "guidance_scale"),
+)
+"""The fields of a `generation_config` that change the logits. A batch has none of them: each row has its own processors."""
+
+ABOUT_THE_END = ("forced_eos_token_id", "exponential_decay_length_penalty")
+"""Those that have no meaning where no token ends the text."""
+
+NOT_FOR_ROWS: dict[str, Any] = {"num_beams": 1, "guidance_scale": None}
+"""Guidance would compute the model a second time for each row."""
+
 
 class Sampling:
     """
     How the tokens of one row are chosen.
 
     Args:
-        temperature (`float`, defaults to 1.0): The temperature; below `LOWEST_TEMPERATURE` the likeliest token is taken.
-        top_p (`float`, defaults to 1.0): Draw among the likeliest tokens of this total probability.
-        top_k (`int`, defaults to 0): Draw among this many of the likeliest tokens; 0 means all.
-        min_p (`float`, defaults to 0.0): Draw among the tokens that are at least this many times as likely as the likeliest.
-        repetition_penalty (`float`, defaults to 1.0): A penalty on the tokens of the prompt and the answer so far.
+        processors (`LogitsProcessorList`): What changes the row's logits: [`processors_of`].
+        is_greedy (`bool`): Whether the likeliest token is taken, instead of drawing one.
         seed (`int`, *optional*): The random seed; `None` means a new one.
     """
 
-    def __init__(
-        self,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-    ) -> None:
-        self._is_greedy = temperature < LOWEST_TEMPERATURE
-        self._warpers = LogitsProcessorList()
-        if repetition_penalty != 1.0:
-            self._warpers.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-        self.takes_the_likeliest = self._is_greedy and not self._warpers
-        if not self._is_greedy and temperature != 1.0:
-            self._warpers.append(TemperatureLogitsWarper(temperature))
-        if top_k > 0:
-            self._warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(top_p))
-        if min_p > 0.0:
-            self._warpers.append(MinPLogitsWarper(min_p))
+    def __init__(self, processors: LogitsProcessorList, is_greedy: bool, seed: int | None = None) -> None:
+        self._processors = processors
+        self._is_greedy = is_greedy
+        self.takes_the_likeliest = is_greedy and not processors
         self._generator = torch.Generator()  # on the CPU: a seed draws the same on every device
         if seed is None:
             self._generator.seed()
@@ -83,11 +69,47 @@ class Sampling:
         Returns:
             `int`: The token.
         """
-        scores = self._warpers(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type]
+        scores = self._processors(torch.tensor([tokens], device=scores.device), scores)  # type: ignore[arg-type]
         if self._is_greedy:
             return int(scores.argmax())
         probabilities = torch.softmax(scores, dim=-1)
         return int(torch.multinomial(probabilities.cpu(), 1, generator=self._generator))
+
+
+def processors_of(
+    model: Any,
+    prompt: Sequence[int],
+    max_tokens: int,
+    ends: Collection[int],
+    fields: Mapping[str, Any],
+    device: torch.device,
+) -> LogitsProcessorList:
+    """
+    Return what changes the logits of one row: what the model's `generate` would use for its prompt alone.
+
+    Many processors look at the tokens so far or count them. In a batch they would see the padding, and begin anew whenever rows join.
+
+    Args:
+        model (`PreTrainedModel`): The base model, whose `generation_config` says what changes its logits.
+        prompt (`Sequence[int]`): The row's prompt.
+        max_tokens (`int`): The most tokens to generate.
+        ends (`Collection[int]`): The tokens that end the text.
+        fields (`Mapping[str, Any]`): Fields of the request, which replace those of the `generation_config`.
+        device (`torch.device`): The device of the logits.
+    """
+    config = copy.deepcopy(model.generation_config)
+    changes = {**fields, **NOT_FOR_ROWS, **({} if ends else dict.fromkeys(ABOUT_THE_END))}
+    changes |= {"max_length": len(prompt) + max_tokens, "eos_token_id": sorted(ends) or None}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model._prepare_special_tokens(config, device=device)
+    processors: LogitsProcessorList = model._get_logits_processor(
+        config,
+        input_ids_seq_length=len(prompt),
+        encoder_input_ids=torch.tensor([list(prompt)], device=device),
+        device=device,
+    )
+    return processors
 
 
 @dataclass(frozen=True)

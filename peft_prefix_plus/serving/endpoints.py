@@ -339,7 +339,7 @@ async def _body(receive: Receive) -> bytes:
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,6 +25,7 @@ from ..probing.geometry import AttentionGeometry
 from ..probing.modules import attention_modules
 from ..probing.targets import layer_of, select_modules
 from ..registration import METHOD_NAME, PREFIX_PLUS
+from ..saving.reading import load_config, naming_file
 from .adapter_files import adapter_folder
 from .store import FoldedPrefix, KeyValues, Turning
 
@@ -133,11 +133,9 @@ def fold(adapter: str, model: ServedModel, **hub_arguments: Any) -> FoldedPrefix
         ValueError: If it is broken, or of another base model.
     """
     folder = adapter_folder(adapter, **hub_arguments)
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
+    config: Any = load_config(folder)
+    with naming_file(folder / SAFETENSORS_WEIGHTS_NAME):
         state_dict = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"The adapter {adapter!r} cannot be read: {error}") from error
     if config.peft_type == PeftType.PREFIX_TUNING:
         return FoldedPrefix(_fold_prefix_tuning(adapter, model, config, state_dict))
     if config.peft_type != PREFIX_PLUS:

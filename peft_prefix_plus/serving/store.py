@@ -33,7 +33,6 @@ KeyValues = Mapping[int, tuple[torch.Tensor, torch.Tensor]]
 """Keys and values, (kv_heads, tokens, dim) each, by layer."""
 
 FORMAT = "prefix_plus_key_values"
-FORMS = ("joint", "decoupled", "gated")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,11 +24,12 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from .adapted_model import AdaptedModel, LoadedAdapter
 from .adapter_files import adapter_folder
 from .batcher import Batcher, StoppedError
-from .decoding import Progress, Row, Sampling
+from .decoding import LOWEST_TEMPERATURE, Progress, Row, Sampling, processors_of
 from .openai_protocol import (
     Answers,
     ChatRequest,
@@ -149,6 +150,7 @@ class _Endpoints:
         self._settings = settings
         self._created = int(time.time())
         self._defaults = model.base_model.generation_config
+        self._device = model.base_model.device
         self._vocabulary = model.base_model.get_input_embeddings().num_embeddings
 
     async def authorize(self, request: Request) -> None:
@@ -278,21 +280,25 @@ class _Endpoints:
                 param="max_tokens",
             )
 
-    def _sampling(self, body: GenerationRequest) -> Sampling:
+    def _sampling(
+        self, body: GenerationRequest, prompt: list[int], num_tokens: int, ends: Collection[int]
+    ) -> Sampling:
         """Return a request's sampling. Fields that it leaves out come from the model's `generation_config`."""
 
         def first(name: str, default: float) -> Any:
             values = (getattr(body, name), getattr(self._defaults, name, None), default)
             return next(value for value in values if value is not None)
 
-        return Sampling(
-            first("temperature", 1.0),
-            first("top_p", 1.0),
-            max(0, first("top_k", 0)),
-            first("min_p", 0.0),
-            first("repetition_penalty", 1.0),
-            body.seed,
-        )
+        fields = {
+            "temperature": first("temperature", 1.0),
+            "top_p": first("top_p", 1.0),
+            "top_k": max(0, first("top_k", 0)),
+            "min_p": first("min_p", 0.0) or None,
+            "repetition_penalty": first("repetition_penalty", 1.0),
+        }
+        fields["do_sample"] = fields["temperature"] >= LOWEST_TEMPERATURE
+        processors = processors_of(self._model.base_model, prompt, num_tokens, ends, fields, self._device)
+        return Sampling(processors, not fields["do_sample"], body.seed)
 
     def _ends(self, body: GenerationRequest) -> frozenset[int]:
         """Return the tokens that end a text."""
@@ -314,15 +320,15 @@ class _Endpoints:
                 loop.call_soon_threadsafe(progress.put_nowait, step)
 
         def make_rows() -> list[Row]:
-            adapter = self._find(body.model)
+            adapter, ends = self._find(body.model), self._ends(body)
             return [
                 Row(
                     adapter,
                     prompt,
                     num_tokens,
-                    self._sampling(body),
+                    self._sampling(body, prompt, num_tokens, ends),
                     TextStream(self._decoder, body.stop_strings),
-                    self._ends(body),
+                    ends,
                     send,
                     index,
                 )
@@ -332,7 +338,7 @@ class _Endpoints:
         answers = Answers(body, body.model or self._model.base_name, [len(prompt) for prompt in prompts])
         rows = self._batcher.submit(make_rows)
         if body.stream:
-            return StreamingResponse(_events(rows, progress, answers), media_type="text/event-stream")
+            return _Stream(rows, progress, answers)
         return await _whole_answer(rows, progress, answers, request)
 
 
@@ -351,13 +357,28 @@ async def _steps(num_rows: int, progress: asyncio.Queue[Progress]) -> AsyncItera
         yield step
 
 
-async def _events(rows: Sequence[Row], progress: asyncio.Queue[Progress], answers: Answers) -> AsyncIterator[str]:
+class _Stream(StreamingResponse):
+    """A stream of server-sent events. When it ends, the rows do, also if the client has left before the first event."""
+
+    def __init__(self, rows: Sequence[Row], progress: asyncio.Queue[Progress], answers: Answers) -> None:
+        super().__init__(_events(len(rows), progress, answers), media_type="text/event-stream")
+        self._rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for row in self._rows:
+                row.cancel()
+
+
+async def _events(num_rows: int, progress: asyncio.Queue[Progress], answers: Answers) -> AsyncIterator[str]:
     """Yield the server-sent events of a stream."""
     num_tokens = 0
     try:
         for chunk in answers.beginnings():
             yield _event(chunk)
-        async for step in _steps(len(rows), progress):
+        async for step in _steps(num_rows, progress):
             num_tokens += len(step.token_ids)
             if step.text or step.finish_reason is not None or answers.returns_ids:
                 yield _event(answers.piece(step.index, step.text, step.token_ids, step.finish_reason))
@@ -365,9 +386,6 @@ async def _events(rows: Sequence[Row], progress: asyncio.Queue[Progress], answer
             yield _event(chunk)
     except RefusedError as error:  # too late for a status
         yield _event(error_content(error.message, error.status))
-    finally:  # also if the client has left
-        for row in rows:
-            row.cancel()
     yield "data: [DONE]\n\n"
 
 

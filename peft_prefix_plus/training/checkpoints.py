@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..saving.reading import read_fields
 
 
 def checkpoints(output: Path, complete_only: bool = False) -> list[Path]:
@@ -27,7 +28,7 @@ def remove_checkpoints(output: Path) -> None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_fields(checkpoint / "trainer_state.json")
     except (OSError, ValueError):
         return False
     return True

@@ -75,7 +75,7 @@ class ConversationFile:
     def _parse(self, number: int, line: bytes) -> Conversation:
         try:
             return Conversation(**json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path}, line {number}, is not a conversation of this package ({error}). Delete the file, or use another directory."
             ) from error

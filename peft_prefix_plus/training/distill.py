@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from ..adapters.lookup import base_of, layers_with_adapter
 from ..config import PrefixPlusConfig
 from ..saving.files import write_atomically
+from ..saving.reading import read_fields
 from ..starting.initialization import initialize_from_text
 from .checkpoints import checkpoints
 from .conversations import Conversation, ConversationFile
@@ -290,9 +291,9 @@ class Run:
                 raise ValueError(f"{self.directory} has files of a run, but no {RUN_FILE}. Use another directory.")
             return
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
+            saved = read_fields(file)
             differing = [name for name in self.inputs if saved[name] != self.inputs[name]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}). Use another directory, or delete what is in it."
             ) from error

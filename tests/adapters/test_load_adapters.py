@@ -160,8 +160,8 @@ def with_prompt(folder):
     [
         (damage_prefix, "prefix.*It is incomplete or broken"),
         (without_weights, r"prefix/? has no weights"),
-        (name_unknown_method, "prefix is of the method 'NOTHING', which PEFT does not know"),
-        (damage_config, r"low.adapter_config\.json is broken"),
+        (name_unknown_method, r"prefix.adapter_config\.json is of the method 'NOTHING', which PEFT does not know"),
+        (damage_config, r"low.adapter_config\.json cannot be read"),
         (with_prompt, "'prompt' is one of PROMPT_TUNING"),
     ],
 )

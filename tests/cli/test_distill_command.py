@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_models import DOCUMENT, chat_model, chat_tokenizer
-from command import failure, run
+from command import failure, run, write_lines
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -93,9 +93,8 @@ def test_a_document_becomes_an_adapter_that_peft_loads_and_a_run_goes_on_where_i
 
 def test_prompts_templates_and_distractors_are_files(base: Path, document: Path, tmp_path: Path) -> None:
     run(*distilling(base, document, tmp_path / "one"))
-    data = tmp_path / "data.jsonl"
     rows = [{"prompt": "what is red"}, {"prompt": "where is the box", "completion": "on the table"}]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_lines(tmp_path / "data.jsonl", rows)
     run(*distilling(base, document, tmp_path / "two", "--data", data, "--distractors", tmp_path / "one"))
     assert not list((tmp_path / "two").glob("distractor*"))
     assert not [name for name in load_file(tmp_path / "two" / "adapter_model.safetensors") if "distractor" in name]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from command import EXAMPLES, WORDS, failure, run, training, word_tokenizer, write_lines
-from hub_server import running_hub
+from hub_server import File, running_hub
 from peft import AutoPeftModelForSeq2SeqLM, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -439,8 +439,11 @@ def test_the_adapter_goes_to_the_hub(base: Path, data: Path, tmp_path: Path) -> 
             "HF_HOME": str(tmp_path / "home"),
         }
         options = ["--max-steps", 1, "--push-to-hub", "--hub-model-id", "user/adapter", "--hub-private-repo"]
-        arguments = [str(argument) for argument in training(base, data, tmp_path / "output", *options)]
+        arguments = [str(argument) for argument in training(base, data, tmp_path / "output", *options, "--overwrite")]
         command = [sys.executable, "-m", "peft_prefix_plus.cli", *arguments]
+        (tmp_path / "output").mkdir()
+        own = "---\nlibrary_name: peft\ndatasets: [user/data]\n---\n\nMine.\n"
+        (tmp_path / "output" / "README.md").write_text(own, encoding="utf-8")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "The adapter is on the Hub: user/adapter" in done.stdout
@@ -448,6 +451,18 @@ def test_the_adapter_goes_to_the_hub(base: Path, data: Path, tmp_path: Path) -> 
         assert repository.is_private
         local = (tmp_path / "output" / "adapter_model.safetensors").read_bytes()
         assert repository.read("adapter_model.safetensors") == local
-        assert b'"user/adapter"' in repository.read("README.md")
+        card = repository.read("README.md").decode()
+        assert '"user/adapter"' in card and "Mine." in card
+        saved = (tmp_path / "output" / "README.md").read_text(encoding="utf-8")
+        table = saved[saved.index("| Training | |") :].split("\n\n")[0]
+        assert table in card and "| Data | `user/data` |" in table and "1 steps" in table
+        assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= repository.commit_of().files.keys()
+        assert "trainer_state.json" not in repository.commit_of().files
         assert "tokenizer.json" in repository.commit_of().files
         assert not any("checkpoint" in path for path in repository.commit_of().files)
+
+        edited = File(card.replace("Mine.", "Edited on the Hub.").encode(), is_lfs=False)
+        repository.add_commit("main", "Edit", {**repository.commit_of().files, "README.md": edited})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Edited on the Hub." in repository.read("README.md").decode()

@@ -233,6 +233,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "another length": ({"prefix_length": 6}, "do not fit its configuration"),
     "no length": ({"prefix_length": None}, "`prefix_length` of at least 1"),
     "other layers": ({"leave_out": [0]}, "do not fit its configuration"),
+    "layers by name": ({"leave_out": ["0"]}, "`leave_out`, a list of the numbers of layers"),
+    "layers that are none": ({"leave_out": [True, None]}, "`leave_out`, a list of the numbers of layers"),
     "weights of another form": ({"flat": False}, "do not fit its configuration"),
 }
 
@@ -253,7 +255,7 @@ def test_what_cannot_be_converted_is_refused_and_the_model_stays_as_it_was(fault
 def test_a_hub_that_cannot_be_reached_is_not_said_to_lack_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"'user/news' is no directory, and its adapter_config\.json cannot be had from the Hub"
+        ValueError, match=r"'user/news' is not a directory, and its adapter_config\.json cannot be loaded from the Hub"
     ):
         from_adapterhub("user/news", build("llama"))
 

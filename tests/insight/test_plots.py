@@ -99,7 +99,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         plot_training_curve([{"step": 3, "train_loss": 1.0}])
     with pytest.raises(TypeError, match="or a list of dicts, got int"):
         plot_training_curve(3)
-    (tmp_path / "other.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="has no 'log_history'"):
         plot_training_curve(tmp_path / "other.json")
     with pytest.raises(ValueError, match="no PREFIX_PLUS adapter named 'none'"):

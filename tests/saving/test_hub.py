@@ -132,6 +132,11 @@ keep_error("unknown subfolder", load, base(), "user/name", subfolder="nothing")
 keep_error("private", load, base(), "user/private")
 keep_error("no weights", load, base(), "user/config")
 keep_error("pickle", load, base(), "user/pickle")
+model = load(base(), "user/name", revision="v1")
+keep_error("broken configuration", model.load_adapter, "user/broken", "default")
+keep_logits("after a broken configuration", model)
+model.load_adapter("user/weights", "default")
+keep_logits("weights alone", model)
 keep_logits("private with token", load(base(), "user/private", token="token-of-user"))
 """
 
@@ -207,6 +212,10 @@ def loaded(hub: HubServer, pushed: Program, reader: Path) -> Program:
     files = {"adapter_config.json": configuration, "adapter_model.bin": File(weights, is_lfs=True)}
     hub.objects[files["adapter_model.bin"].sha256] = weights
     hub.repositories["user/pickle"].add_commit("main", "Upload", files)
+    learned = {"adapter_model.safetensors": hub.repositories["user/name"].file("adapter_model.safetensors", "main")}
+    for name, other in (("user/weights", {}), ("user/broken", {"adapter_config.json": File(b"[]", is_lfs=False)})):
+        hub.repositories[name] = Repository(is_private=False)
+        hub.repositories[name].add_commit("main", "Upload", {**learned, **other})
     return run(LOAD, hub, reader, json.dumps(pushed.facts))
 
 
@@ -360,6 +369,15 @@ def test_what_is_not_on_the_hub_is_an_error_that_names_the_file_and_the_reposito
 
 def test_a_repository_without_weights_is_an_error(loaded):
     assert loaded.facts["no weights"].startswith("ValueError: Can't find weights")
+
+
+def test_weights_of_a_broken_configuration_are_not_loaded_onto_an_adapter(pushed, loaded):
+    assert "user/broken/adapter_config.json cannot be read" in loaded.facts["broken configuration"]
+    assert torch.equal(loaded.logits["after a broken configuration"], pushed.logits["first"])
+
+
+def test_weights_alone_are_loaded_onto_an_adapter(pushed, loaded):
+    assert torch.equal(loaded.logits["weights alone"], pushed.logits["second"])
 
 
 LOAD_CONFIG = """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -22,10 +25,18 @@ import pytest
 import torch
 import uvicorn
 from served import VOCABULARY, Reference, save_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    WatermarkingConfig,
+)
 from typing_extensions import Self
 
 from peft_prefix_plus.serving.batcher import Batcher, StoppedError
+from peft_prefix_plus.serving.decoding import CHANGING_LOGITS
 from peft_prefix_plus.serving.transformers_app import AppSettings, StoppingServer, make_app
 from peft_prefix_plus.serving.transformers_server import load_adapters
 
@@ -303,6 +314,52 @@ def test_a_penalty_on_repetitions_is_the_requests_or_the_models_and_does_not_cou
         assert answer.choices[0].token_ids == [0] * 20
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 1},
+    {"encoder_no_repeat_ngram_size": 1},
+    {"repetition_penalty": 3.0},
+    {"encoder_repetition_penalty": 3.0},
+    {"sequence_bias": [[[0, 7, 4], 10.0]]},
+    {"bad_words_ids": [[0, 7, 1]]},
+    {"min_new_tokens": 3, "eos_token_id": 1},
+    {"min_length": 5, "eos_token_id": 1},
+    {"exponential_decay_length_penalty": (2, 0.1), "eos_token_id": 2},
+    {"forced_eos_token_id": 3, "eos_token_id": 3},
+    {"suppress_tokens": [1], "begin_suppress_tokens": [0]},
+    {"watermarking_config": WatermarkingConfig(context_width=2, bias=20.0)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_the_models_settings_see_of_each_row_only_its_own_tokens(
+    model_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    base_model = AutoModelForCausalLM.from_pretrained(model_path)
+    scores = -1.0 - torch.arange(VOCABULARY)  # token 1 is the likeliest, then the padding, 2, 3, …
+    scores[0] = -2.5
+    monkeypatch.setattr(base_model.lm_head, "forward", lambda states: scores.expand(*states.shape[:-1], -1))
+    for name, value in settings.items():
+        setattr(base_model.generation_config, name, value)
+    prompts = [[7], [7, 8, 9], [5] * 30]
+    expected = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt])
+        mask = torch.ones_like(input_ids)
+        output = base_model.generate(input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        expected.append(output[0, len(prompt) :].tolist())
+    with Running(base_model, tokenizer, {}) as running:
+        answer = running.client.completions.create(
+            model="base", prompt=prompts, max_tokens=6, temperature=0, extra_body={"return_token_ids": True}
+        )
+    assert [choice.token_ids for choice in answer.choices] == expected
+
+
+def test_all_that_changes_logits_in_transformers_is_a_rows_own() -> None:
+    read = re.findall(r"generation_config\.(\w+)", inspect.getsource(GenerationMixin._get_logits_processor))
+    others = {"_eos_token_tensor", "do_sample", "max_length", "num_beams", "use_cache"}
+    assert set(read) - others == set(CHANGING_LOGITS)
+
+
 def test_first_tokens_are_drawn_with_their_probabilities(server: Running, alone: Reference) -> None:
     prompt, temperature = [1, 2, 3], 0.5
     alone.model.set_adapter("joint")
@@ -374,7 +431,7 @@ def test_a_broken_adapter_is_refused_and_the_server_goes_on(
     (wrong / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 5}))
     for path, words in {
         cut: "cut",
-        tmp_path / "none": "no directory",
+        tmp_path / "none": "not a directory",
         other: "LORA",
         wrong: "5",
         model_path: "adapter_config.json",
@@ -389,7 +446,7 @@ def test_a_broken_adapter_is_refused_and_the_server_goes_on(
 
 
 def test_an_adapter_that_is_broken_at_the_start_is_named(model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'menu' cannot be served.*no directory"):
+    with pytest.raises(ValueError, match=r"'menu' cannot be served.*not a directory"):
         load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {"menu": str(tmp_path / "none")})
 
 
@@ -515,6 +572,52 @@ def test_a_client_that_leaves_frees_its_row_and_harms_nobody(server: Running, al
         assert other.result().choices[0].token_ids == expected_tokens(alone, "joint", [9, 9], 60)
 
 
+def test_a_client_that_leaves_before_the_first_byte_frees_its_row(model_path: Path, tokenizer: Any) -> None:
+    model = load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {})
+    rows: list[Any] = []
+
+    class KeepsRows(Batcher):
+        def submit(self, make_rows: Any) -> Any:
+            rows.extend(make_rows())
+            return rows
+
+    app = make_app(model, KeepsRows(model, MAX_BATCH_SIZE), tokenizer, tokenizer.encode, AppSettings())
+    content = json.dumps({"prompt": [1, 2], "stream": True}).encode()
+    messages = [{"type": "http.request", "body": content, "more_body": False}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(_: object) -> None:
+        await asyncio.Event().wait()  # nobody takes a byte
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "asgi": {}}
+    headers = [(b"content-type", b"application/json")]
+    asyncio.run(asyncio.wait_for(app({**scope, "headers": headers}, receive, send), 30))
+    assert len(rows) == 1 and rows[0].is_over
+
+
+def test_removing_adapters_does_not_keep_requests_waiting(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_adapters(AutoModelForCausalLM.from_pretrained(model_path), "base", {})
+    batcher, is_removing, may_go_on = Batcher(model, MAX_BATCH_SIZE), threading.Event(), threading.Event()
+
+    def drop(_: object) -> None:
+        is_removing.set()
+        may_go_on.wait(60)
+
+    monkeypatch.setattr(model, "drop_unnamed", drop)
+    batcher.start()
+    try:
+        batcher.change(lambda _: None)
+        assert is_removing.wait(60)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(batcher.submit, list).result(timeout=10) == []
+            may_go_on.set()
+    finally:
+        may_go_on.set()
+        batcher.stop()
+
+
 def test_a_request_that_makes_the_model_fail_fails_alone(
     server: Running, alone: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +710,10 @@ def test_options_of_one_engine_are_refused_for_the_other(model_path: Path) -> No
         serve(ServingSettings(model="m"), TransformersSettings(max_batch_size=2))
     with pytest.raises(ValueError, match="no arguments after --, got '--dtype'"):
         ServingSettings(model="m", engine="transformers", arguments=["--dtype"])
+    for key in ("", "clé", "a key", "key\n"):
+        with pytest.raises(ValueError, match="`api_key` must be printable ASCII"):
+            TransformersSettings(api_key=key)
+    assert TransformersSettings(api_key="sk-0_A~!").api_key == "sk-0_A~!"
     with pytest.raises(CommandError, match="'menu' cannot be served"):
         adapter = [f"menu={model_path}"]
         serve(ServingSettings(model=str(model_path), engine="transformers", adapter=adapter), TransformersSettings())
