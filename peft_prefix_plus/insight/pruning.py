@@ -178,14 +178,14 @@ def prune_layers(model: nn.Module, layers: int | Iterable[int], adapter_name: st
     pruned.layers_to_transform = sorted(set(pruned.layers_to_transform))  # type: ignore[arg-type]
     base = base_of(model)
     kept = restrict_to_layers(base, found, pruned)
-    differing = sorted(set(select_modules(base, pruned).modules).symmetric_difference(kept))
-    if differing:
-        raise ValueError(
-            f"`layers_to_transform`={pruned.layers_to_transform} cannot say which modules of the adapter {adapter_name!r} "
-            f"are left: it would choose {differing[0]} too, which has no prefix of the adapter now. Keep other layers, or "
-            "make an adapter with these."
-        )
     with all_or_nothing(model, adapter_name=adapter_name):
+        differing = sorted(set(select_modules(base, pruned).modules).symmetric_difference(kept))
+        if differing:
+            raise ValueError(
+                f"`layers_to_transform`={pruned.layers_to_transform} cannot say which modules of the adapter {adapter_name!r} "
+                f"are left: it would choose {differing[0]} too, which has no prefix of the adapter now. Keep other layers, or "
+                "make an adapter with these."
+            )
         gone = [layer for name, layer in found.items() if name not in kept]
         orphans: set[str] = set()
         for layer in gone:

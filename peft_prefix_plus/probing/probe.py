@@ -19,6 +19,7 @@ from .lone import lone_inputs
 from .modules import attention_modules, calls_attention_interface, execution_device, models_in, outermost_models
 from .recording import evaluating, gathering, recording
 from .rotations import ObservedRotations, observing_rotations
+from .tensors import LACK_OF_MEMORY
 
 
 PROBE_TOKENS = 8
@@ -154,6 +155,8 @@ class _Search:
         self._kind_of = _kinds_by_place(model, self.modules) if is_encoder_decoder else _always_self
         try:
             self.run(model, self.modules, inputs)
+        except LACK_OF_MEMORY:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be run on the example inputs {sorted(inputs)} ({type(error).__name__}: "
@@ -179,6 +182,8 @@ class _Search:
                 inputs.update(positions_before(model, inputs))
             try:
                 self.run(model, self.modules, inputs)
+            except LACK_OF_MEMORY:
+                raise
             except Exception as error:  # noqa: BLE001 - a model's forward raises anything
                 reason = f"a forward with {sorted(inputs)} failed ({type(error).__name__}: {error})"
                 self.failures.setdefault(prefix.removesuffix("."), reason)
@@ -209,6 +214,8 @@ class _Search:
                 try:
                     self.run(module, {name: module}, inputs)
                     break
+                except LACK_OF_MEMORY:
+                    raise
                 except Exception as error:  # noqa: BLE001
                     self.failures[name] = f"alone, it cannot be run ({type(error).__name__}: {error})"
 

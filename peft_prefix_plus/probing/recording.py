@@ -153,16 +153,15 @@ def gathering(model: nn.Module) -> Iterator[None]:
     def release(module: nn.Module, args: Any, output: Any) -> None:
         contexts[module].pop().__exit__(None, None, None)
 
-    handles = []
-    for module in model.modules():
-        if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(gather))
-            handles.append(module.register_forward_hook(release, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, unreleased in contexts.items():  # an interrupted forward has called no hook
+    def release_all() -> None:
+        for module, unreleased in contexts.items():
             while unreleased:
                 release(module, None, None)
+
+    with ExitStack() as stack:
+        stack.callback(release_all)  # an interrupted forward has called no hook
+        for module in model.modules():
+            if any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(gather).remove)
+                stack.callback(module.register_forward_hook(release, always_call=True).remove)
+        yield

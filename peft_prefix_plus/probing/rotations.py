@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,13 @@ class ObservedRotations:
     layers do not) if they depend on the position embeddings that it was given. This is known without the weights.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    def __init__(self) -> None:
         self.obstacles: dict[str, str] = {}
-        self.handles: list[Any] = []
         self._rotations: dict[str, QueryRotation] = {}
         self._embeddings: dict[str, PositionEmbeddings] = {}
+
+    def follow(self, modules: dict[str, nn.Module], stack: ExitStack) -> None:
+        """Observe these modules until the stack is left."""
         for name, module in modules.items():
             try:
                 rotation = find_rotation(module)
@@ -43,7 +45,7 @@ class ObservedRotations:
             if rotation is not None:
                 self._rotations[name] = rotation
                 hook = partial(self._watch, name)
-                self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _watch(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a module's forward in the probe: have autograd follow its position embeddings."""
@@ -82,9 +84,8 @@ class ObservedRotations:
 
 @contextmanager
 def observing_rotations(modules: dict[str, nn.Module]) -> Iterator[ObservedRotations]:
-    rotations = ObservedRotations(modules)
-    try:
+    """Observe the rotations of these modules' queries, under [`recording`]."""
+    rotations = ObservedRotations()
+    with ExitStack() as stack:
+        rotations.follow(modules, stack)
         yield rotations
-    finally:
-        for handle in rotations.handles:
-            handle.remove()

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 
+LACK_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""What a forward raises that says nothing about the model or its inputs."""
+
+
 def moved(inputs: Mapping[str, Any], dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
     """Bring tensors to a device, and those of numbers with a point to a dtype."""
     return {

@@ -16,6 +16,7 @@ from ..probing.inputs import positions_before
 from ..probing.modules import attention_modules, execution_device
 from ..probing.recording import evaluating, recording
 from ..probing.rotations import observing_rotations
+from ..probing.tensors import LACK_OF_MEMORY
 from .compaction import Reading
 from .fitting import KeyValue
 
@@ -163,6 +164,8 @@ def _run(
     with recording(attention_modules(model), record), evaluating(model):
         try:
             model(**inputs)
+        except LACK_OF_MEMORY:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{type(model).__name__} cannot read a text of {tokens.shape[1]} tokens by itself: a forward with "

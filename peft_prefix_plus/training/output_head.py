@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +38,10 @@ def taking_hidden_states(head: nn.Module, take: Take) -> Iterator[None]:
         result = results.pop()
         return output if result is None else result.expand(output.shape)
 
-    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
-    try:
+    with ExitStack() as stack:
+        stack.callback(head.register_forward_pre_hook(before).remove)
+        stack.callback(head.register_forward_hook(after).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def plain_output_head(model: nn.Module) -> nn.Module | None:
@@ -56,11 +54,8 @@ def plain_output_head(model: nn.Module) -> nn.Module | None:
     if head is None:
         return None
     outputs: list[torch.Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        with evaluating(model):
-            logits = base(input_ids=torch.tensor([[0, 1]], device=execution_device(model)), use_cache=False).logits
-    finally:
-        handle.remove()
+    with evaluating(model), ExitStack() as stack:
+        stack.callback(head.register_forward_hook(lambda module, args, output: outputs.append(output)).remove)
+        logits = base(input_ids=torch.tensor([[0, 1]], device=execution_device(model)), use_cache=False).logits
     is_plain = len(outputs) == 1 and torch.equal(outputs[0].to(logits.dtype), logits)
     return head if is_plain else None

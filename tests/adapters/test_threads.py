@@ -103,17 +103,17 @@ def answers(model: Any, ids: torch.Tensor, rounds: int) -> list[torch.Tensor]:
         ]
 
 
-def number_wrong(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> int:
+def number_wrong(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]], tolerance: float = 0.0) -> int:
     pairs = [
         (one, other) for mine, own in zip(found, expected, strict=True) for one, other in zip(mine, own, strict=True)
     ]
-    return sum(not torch.equal(one, other) for one, other in pairs)
+    return sum(not torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in pairs)
 
 
-def check_threads(model: Any, rounds: int) -> None:
+def check_threads(model: Any, rounds: int, tolerance: float = 0.0) -> None:
     expected = [answers(model, texts(index), 1) * rounds for index in range(THREADS)]
     found = in_threads([lambda index=index: answers(model, texts(index), rounds) for index in range(THREADS)])
-    assert number_wrong(found, expected) == 0
+    assert number_wrong(found, expected, tolerance) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -126,7 +126,11 @@ def test_each_thread_gets_its_own_answers(name: str, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SOAK_MODELS)
 def test_each_thread_gets_its_own_answers_for_long(name: str, form: str) -> None:
-    check_threads(prefixed(SOAK_MODELS[name]().eval(), task_type="CAUSAL_LM", **FORMS[form]), rounds=40)
+    # flex attention compiles a kernel anew where shapes have changed: a bare model's logits then differ by 4e-6 as well
+    tolerance = 1e-4 if name == "flex" else 0.0
+    check_threads(
+        prefixed(SOAK_MODELS[name]().eval(), task_type="CAUSAL_LM", **FORMS[form]), rounds=40, tolerance=tolerance
+    )
 
 
 def with_adapters(model: nn.Module, task_type: str, names: Sequence[str]) -> PeftModel:

@@ -17,13 +17,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import output_of, prefix_config, prefixed, tiny_model, token_ids
+from models import output_of, prefix_config, prefixed, tiny_model, token_ids, word_tokenizer
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_threads import MODELS
 
 import peft_prefix_plus
-from peft_prefix_plus import flatten, initialize_from_key_values, prefix_key_values, prune_layers
+from peft_prefix_plus import (
+    flatten,
+    initialize_from_key_values,
+    initialize_from_text,
+    prefix_attention_mass,
+    prefix_key_values,
+    prune_layers,
+)
 
 
 TRACED = tuple(os.path.dirname(module.__file__) + os.sep for module in (peft, peft_prefix_plus))
@@ -112,6 +119,10 @@ ON_ADAPTERS: dict[str, Callable[[Any, Path], Any]] = {
         model, {name: (key + 1.0, value) for name, (key, value) in prefix_key_values(model).items()}
     ),
     "flatten": lambda model, path: flatten(model),
+    "initialize_from_text": lambda model, path: initialize_from_text(
+        model, word_tokenizer(), "w3 w4 w5 w6 w7 w8", adapter_name="b", method="attention"
+    ),
+    "prefix_attention_mass": lambda model, path: prefix_attention_mass(model, input_ids=token_ids()),
     "prune_layers": lambda model, path: prune_layers(model, [1]),
     "base_model.set_adapter": lambda model, path: model.base_model.set_adapter(["default", "b"]),
     "base_model.delete_adapter": lambda model, path: model.base_model.delete_adapter("b"),
