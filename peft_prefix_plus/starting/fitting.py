@@ -121,7 +121,7 @@ def _fit_inputs(component: list[_Cell]) -> None:
     if num_rows <= width:
         return  # any full set of inputs can be projected onto the targets exactly: those at random are one
     inputs = torch.linalg.svd(matrix, full_matrices=False).U[:, :width] * num_rows**0.5
-    inputs = inputs * weights[0].double().std().item()
+    inputs = inputs * weights[0].double().square().mean().sqrt().item()  # which a single number has too
     for weight, part in zip(weights, inputs.split(weights[0].shape[0]), strict=True):
         weight[:, : part.shape[1]].copy_(part)
 

@@ -368,6 +368,15 @@ def test_activations_are_the_keys_and_values_of_tokens_before_the_text(build, is
             torch.testing.assert_close(ours, theirs[:, -length:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("init_weights", STARTS)
+@EACH_ENCODER
+def test_the_smallest_prefix_starts(reparameterization, sharing, init_weights):
+    sizes = {"num_virtual_tokens": 1, **({} if reparameterization == "none" else {"encoder_dim": 1})}
+    fields = {"reparameterization": reparameterization, "sharing": sharing, "init_weights": init_weights}
+    model = prefixed(tiny_model(), **sizes, **fields)
+    assert all(tensor.isfinite().all() for pair in prefix_key_values(model).values() for tensor in pair)
+
+
 def test_activations_repeat_where_a_model_has_fewer_tokens_than_the_prefix():
     config = transformers.ViTConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
