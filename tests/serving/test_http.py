@@ -27,6 +27,8 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 MAX_MODEL_LEN = 512
+LOAD_SECONDS = float(os.environ.get("SERVING_LOAD_SECONDS", "45"))
+"""How long the mixed load runs, half of it on the base model alone."""
 
 
 class Server:
@@ -228,10 +230,10 @@ def test_the_servers_api_key_is_asked_for(server: Server, adapter_paths: dict[st
         stranger.completions.create(model="adapter-0", prompt="x", max_tokens=1)
 
 
+@pytest.mark.timeout(600 + LOAD_SECONDS)
 def test_a_mixed_load_gets_right_answers_and_memory_grows_no_more_than_with_the_base_model(
     server: Server, reference: Reference, adapter_paths: dict[str, Path]
 ) -> None:
-    seconds = float(os.environ.get("SERVING_LOAD_SECONDS", "45"))
     asked = questions(["base", *adapter_paths], 63, seed=12)
     expected = [reference.generate(None if name == "base" else name, prompt, 12) for name, prompt in asked]
     draw = random.Random(13)
@@ -240,18 +242,20 @@ def test_a_mixed_load_gets_right_answers_and_memory_grows_no_more_than_with_the_
         name, prompt = asked[index]
         return bool(server.complete(name, prompt).choices[0].token_ids == expected[index])
 
-    def growth(indices: list[int]) -> float:
+    def growth(kind: str, indices: list[int]) -> float:
         """Bytes per request by which memory grows in half of the time."""
-        before, end, number = server.memory(), time.monotonic() + seconds / 2, 0
+        before, end, number = server.memory(), time.monotonic() + LOAD_SECONDS / 2, 0
         while time.monotonic() < end:
             assert all(pool.map(ask, draw.choices(indices, k=32)))
             number += 32
-        return (server.memory() - before) / number
+        after = server.memory()
+        print(f"{kind}: {number} requests, all right; memory {before / 2**20:.0f} MiB, then {after / 2**20:.0f} MiB")
+        return (after - before) / number
 
     with ThreadPoolExecutor(16) as pool:
         for _ in range(3):
             assert all(pool.map(ask, range(len(asked))))
         # vLLM's build for CPUs itself grows with every request, the less the longer it runs
-        base = growth([index for index, (name, _) in enumerate(asked) if name == "base"])
-        mixed = growth(list(range(len(asked))))
+        base = growth("base model", [index for index, (name, _) in enumerate(asked) if name == "base"])
+        mixed = growth("mixed", list(range(len(asked))))
     assert mixed < 1.5 * base + 2**16
