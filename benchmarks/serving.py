@@ -1,9 +1,10 @@
 """
-Requests per second and time to first token in vLLM: the base model, prefixes and LoRA, with 1, 8 and 50 adapters at once.
+Requests per second, time to first token and time to load an adapter: vLLM with prefixes, the engine transformers, and LoRA in vLLM.
 
-Every request has a prompt of its own and gets the same number of tokens. The base model's prompts start with as many tokens, the same in
-all, as a prefix has, so that both attend to equally many. The ways of one server take turns, so that what else the machine does
-meets them alike; each round starts with requests that are not counted. Run by `make bench-serving`; prints a table.
+A base model and 1, 8 and 50 adapters at once are asked for some seconds each, by as many clients as `--concurrency` says. Every request has
+a prompt of its own and gets the same number of tokens. The base model's prompts start with as many tokens, the same in all, as a
+prefix has, so that both attend to equally many. The ways of one server take turns, so that what else the machine does meets them
+alike; each round starts with requests that are not counted. Run by `make bench-serving`; prints tables.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import socket
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.serving.adapted_model import AdaptedModel
+from peft_prefix_plus.serving.adapter_files import adapter_folder
+from peft_prefix_plus.serving.folding import fold, served_model
+from peft_prefix_plus.serving.store import PrefixStore
 
 
 NUMBERS = (1, 8, 50)
+LORA_NUMBERS = (1, 8)  # vLLM's LoRA for CPUs copies the adapter's weights for every token, so 50 take long
+ENGINES = ("vllm", "transformers", "lora")
 PREFIX_TOKENS = 32
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,6 +49,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+VLLM_OPTIONS = ("--served-model-name", "base", "--max-model-len", "1024", "--enforce-eager", "--block-size", "32")
+KINDS = {"vllm": ("joint", "decoupled"), "transformers": ("decoupled",)}  # of transformers only the default form
+NUM_TIMED = 8
+"""How many adapters are loaded in this process to time the start."""
 MODULE = "vllm.entrypoints.openai.api_server"
 
 
@@ -52,12 +64,14 @@ class Way:
     Attributes:
         title: What answers.
         models: The names that requests ask for in turn.
+        num_asked: How many requests there have been.
         requests_per_second: Of each round.
         first_tokens: The seconds to the first token of every request.
     """
 
     title: str
     models: list[str]
+    num_asked: int = 0
     requests_per_second: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
 
@@ -128,23 +142,30 @@ async def first_and_all(client: Any, model: str, prompt: list[int], num_tokens: 
 
 
 async def measure(way: Way, client: Any, arguments: argparse.Namespace, draw: random.Random) -> None:
-    """One round: every model is asked once, and then the counted requests are made, so many at a time."""
+    """One round: every model is asked once, and then requests are counted for some seconds."""
     common = list(range(1000, 1000 + PREFIX_TOKENS)) if way.title.startswith("base") else []
-    prompts = [
-        common + [draw.randrange(100, 20000) for _ in range(arguments.prompt_tokens)]
-        for _ in range(arguments.requests)
-    ]
     limit = asyncio.Semaphore(arguments.concurrency)
 
-    async def ask(index: int, prompt: list[int], num_tokens: int) -> float:
-        async with limit:
-            return await first_and_all(client, way.models[index % len(way.models)], prompt, num_tokens)
+    def prompt() -> list[int]:
+        return common + [draw.randrange(100, 20000) for _ in range(arguments.prompt_tokens)]
 
-    await asyncio.gather(*(ask(index, prompts[0], 1) for index in range(len(way.models))))
+    async def warm_up(model: str) -> None:
+        async with limit:
+            await first_and_all(client, model, prompt(), 1)
+
+    async def keep_asking(end: float) -> int:
+        number = 0
+        while time.perf_counter() < end:
+            model = way.models[way.num_asked % len(way.models)]
+            way.num_asked += 1
+            way.first_tokens.append(await first_and_all(client, model, prompt(), arguments.new_tokens))
+            number += 1
+        return number
+
+    await asyncio.gather(*(warm_up(model) for model in way.models))
     start = time.perf_counter()
-    firsts = await asyncio.gather(*(ask(index, prompt, arguments.new_tokens) for index, prompt in enumerate(prompts)))
-    way.requests_per_second.append(len(prompts) / (time.perf_counter() - start))
-    way.first_tokens += firsts
+    numbers = await asyncio.gather(*(keep_asking(start + arguments.seconds) for _ in range(arguments.concurrency)))
+    way.requests_per_second.append(sum(numbers) / (time.perf_counter() - start))
 
 
 async def take_turns(ways: list[Way], port: int, arguments: argparse.Namespace) -> None:
@@ -155,61 +176,117 @@ async def take_turns(ways: list[Way], port: int, arguments: argparse.Namespace) 
                 await measure(way, client, arguments, draw)
 
 
-def show(ways: list[Way], base: Way) -> None:
+def show(engine: str, ways: list[Way]) -> None:
+    base = statistics.median(ways[0].requests_per_second)
     for way in ways:
-        rate, base_rate = statistics.median(way.requests_per_second), statistics.median(base.requests_per_second)
-        first = statistics.median(way.first_tokens)
-        print(f"| {way.title} | {rate:.2f} | {rate / base_rate:.2f} | {1000 * first:.0f} |", flush=True)
+        rate, first = statistics.median(way.requests_per_second), statistics.median(way.first_tokens)
+        row = f"| {engine} | {way.title} | {rate:.2f} | {rate / base:.2f} | {1000 * first:.0f} | {way.num_asked} |"
+        print(row, flush=True)
+
+
+def seconds_of(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def load_over_http(port: int, path: Path) -> None:
+    """Load an adapter into a running server, by its folder's name."""
+    body = json.dumps({"name": path.name, "path": str(path)}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/load_prefix_adapter", body, headers)
+    urllib.request.urlopen(request).close()
+
+
+def seconds_at_start(engine: str, model: str, paths: list[Path], directory: Path) -> list[float]:
+    """The seconds that a server takes for each adapter while it starts, from the functions that it calls."""
+    if engine == "vllm":
+        store = PrefixStore(directory)
+        served = served_model(model)
+        return [seconds_of(lambda p=path: store.add(p.name, fold(str(p), served), str(p))) for path in paths]
+    adapted = AdaptedModel(AutoModelForCausalLM.from_pretrained(model), "base")
+    return [seconds_of(lambda p=path: adapted.load(p.name, adapter_folder(str(p)), str(p))) for path in paths]
+
+
+def show_loading(engine: str, kind: str, at_start: list[float], at_run_time: list[float]) -> None:
+    """Print the milliseconds of the first adapter, which includes what is done once, and the median of the others."""
+    cells = [
+        f"{1000 * value:.0f}" for each in (at_start, at_run_time) for value in (each[0], statistics.median(each[1:]))
+    ]
+    print(f"| {engine} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
+SPEED = "| engine | what answers | requests/s | of base | median ms to the first token | requests |\n|---|---|---:|---:|---:|---:|"
+LOADING = "| engine | adapter | at start, ms: first | others | while it runs, ms: first | others |\n|---|---|---:|---:|---:|---:|"
+
+
+def measure_prefixes(
+    engine: str, paths: dict[str, list[Path]], directory: Path, arguments: argparse.Namespace
+) -> tuple[list[Way], dict[str, tuple[list[float], list[float]]]]:
+    """Start a server without adapters, load them over HTTP, and ask. Return the speeds, and the seconds of loading."""
+    port = free_port()
+    command = [sys.executable, "-m", "peft_prefix_plus.cli", "serve", "--engine", engine, "--model", arguments.model]
+    command += ["--port", str(port), "--may-load"]
+    if engine == "vllm":
+        command += ["--", *VLLM_OPTIONS]
+    else:
+        command += ["--max-batch-size", str(arguments.concurrency)]
+    loading = {}
+    with running(command, port, directory / f"{engine}.log"):
+        for kind in KINDS[engine]:
+            folder = directory / f"store-{kind}"
+            folder.mkdir(exist_ok=True)
+            loading[kind] = (
+                seconds_at_start(engine, arguments.model, paths[kind][:NUM_TIMED], folder),
+                [seconds_of(lambda p=path: load_over_http(port, p)) for path in paths[kind]],
+            )
+        ways = [Way("base", ["base" if engine == "vllm" else arguments.model])]
+        ways += [
+            Way(f"{kind} prefix, {number}", [path.name for path in paths[kind][:number]])
+            for kind in KINDS[engine]
+            for number in NUMBERS
+        ]
+        asyncio.run(take_turns(ways, port, arguments))
+    return ways, loading
+
+
+def measure_lora(paths: list[Path], directory: Path, arguments: argparse.Namespace) -> list[Way]:
+    port = free_port()
+    command = [sys.executable, "-m", MODULE, "--model", arguments.model, "--port", str(port), *VLLM_OPTIONS]
+    command += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", str(max(LORA_NUMBERS)), "--lora-modules"]
+    command += [f"{path.name}={path}" for path in paths[: max(LORA_NUMBERS)]]
+    with running(command, port, directory / "lora.log"):
+        ways = [Way("base, server with LoRA", ["base"])]
+        ways += [Way(f"LoRA, {number}", [path.name for path in paths[:number]]) for number in LORA_NUMBERS]
+        asyncio.run(take_turns(ways, port, arguments))
+    return ways
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=50, help="per way and round")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=6.0, help="per way and round")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--without-lora", action="store_true")
     arguments = parser.parse_args()
-    options = ["--served-model-name", "base", "--max-model-len", "1024", "--enforce-eager", "--block-size", "32"]
     with tempfile.TemporaryDirectory() as name:
-        directory, port = Path(name), free_port()
+        directory = Path(name)
         paths = save_adapters(arguments.model, directory)
-        command = [
-            sys.executable,
-            "-m",
-            "peft_prefix_plus.cli",
-            "serve",
-            "--model",
-            arguments.model,
-            "--port",
-            str(port),
-        ]
-        for path in paths["joint"] + paths["decoupled"]:
-            command += ["--adapter", f"{path.name}={path}"]
-        print(
-            "| what answers | requests/s | of base | median ms to the first token |\n|---|---:|---:|---:|", flush=True
-        )
-        with running([*command, "--", *options], port, directory / "log"):
-            ways = [Way("base", ["base"])]
-            ways += [
-                Way(f"{kind} prefix, {number}", [path.name for path in paths[kind][:number]])
-                for kind in ("joint", "decoupled")
-                for number in NUMBERS
-            ]
-            asyncio.run(take_turns(ways, port, arguments))
-            show(ways, ways[0])
-        if arguments.without_lora:
-            return
-        command = [sys.executable, "-m", MODULE, "--model", arguments.model, "--port", str(port), *options]
-        command += ["--enable-lora", "--max-loras", "8", "--max-cpu-loras", str(max(NUMBERS)), "--lora-modules"]
-        command += [f"{path.name}={path}" for path in paths["lora"]]
-        with running(command, port, directory / "lora.log"):
-            ways = [Way("base, server with LoRA", ["base"])]
-            ways += [Way(f"LoRA, {number}", [path.name for path in paths["lora"][:number]]) for number in NUMBERS]
-            asyncio.run(take_turns(ways, port, arguments))
-            show(ways, ways[0])
+        loading = {}
+        print(SPEED, flush=True)
+        for engine in arguments.engines:
+            if engine == "lora":
+                show("vllm", measure_lora(paths["lora"], directory, arguments))
+            else:
+                ways, loading[engine] = measure_prefixes(engine, paths, directory, arguments)
+                show(engine, ways)
+        print(f"\n{LOADING}", flush=True)
+        for engine, kinds in loading.items():
+            for kind, (at_start, at_run_time) in kinds.items():
+                show_loading(engine, kind, at_start, at_run_time)
 
 
 if __name__ == "__main__":

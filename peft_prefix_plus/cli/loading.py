@@ -38,6 +38,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_HELP = {"help": "The base model's dtype: auto, float32, bfloat16 or float16."}
 BASE_MODEL_HELP = {"help": "The base model. Default: the one that the adapter names."}
 TRUST_HELP = {"help": "Run code from the base model's repository."}
+FOUR_BITS_HELP = {"help": "Quantize the base model to 4 bits with bitsandbytes."}
+EIGHT_BITS_HELP = {"help": "Quantize the base model to 8 bits with bitsandbytes."}
 """Metadata of fields that several commands have."""
 
 LARGEST_SEED = 2**32 - 1
@@ -58,6 +60,18 @@ def check_dtype(name: str) -> None:
     """
     if name not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def num_bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
+    """
+    Return the number of bits that the options `--load-in-4bit` and `--load-in-8bit` quantize a base model to, or `None`.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("--load-in-4bit and --load-in-8bit contradict each other. Give one of them.")
+    return 4 if load_in_4bit else 8 if load_in_8bit else None
 
 
 class Task(NamedTuple):

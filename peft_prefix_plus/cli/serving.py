@@ -11,7 +11,18 @@ from typing import Any
 import torch
 
 from .errors import CommandError, check_numbers, shown_as_command_error
-from .loading import DTYPE_HELP, TRUST_HELP, Source, check_dtype, load_model, load_tokenizer, num_positions
+from .loading import (
+    DTYPE_HELP,
+    EIGHT_BITS_HELP,
+    FOUR_BITS_HELP,
+    TRUST_HELP,
+    Source,
+    check_dtype,
+    load_model,
+    load_tokenizer,
+    num_bits,
+    num_positions,
+)
 from .records import prompt_ids
 
 
@@ -69,9 +80,12 @@ class TransformersSettings:
     dtype: str = field(default="auto", metadata=DTYPE_HELP)
     revision: str | None = field(default=None, metadata={"help": "The base model's branch, tag or commit on the Hub."})
     trust_remote_code: bool = field(default=False, metadata=TRUST_HELP)
+    load_in_4bit: bool = field(default=False, metadata=FOUR_BITS_HELP)
+    load_in_8bit: bool = field(default=False, metadata=EIGHT_BITS_HELP)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        num_bits(self.load_in_4bit, self.load_in_8bit)
         check_numbers(self, 1, "max_batch_size")
         if self.max_model_len is not None:
             check_numbers(self, 2, "max_model_len")
@@ -154,10 +168,12 @@ def _serve_by_transformers(settings: ServingSettings, engine: TransformersSettin
     with shown_as_command_error(Exception, while_doing="Cannot serve"):
         transformers_server.check_installed()
         source = Source(engine.revision, engine.trust_remote_code)
-        base_model = load_model(settings.model, engine.dtype, source=source)
+        bits = num_bits(engine.load_in_4bit, engine.load_in_8bit)
+        base_model = load_model(settings.model, engine.dtype, source=source, bits=bits)
         tokenizer = load_tokenizer(settings.model, source)
         max_model_len = _max_model_len(base_model, engine.max_model_len)
-        base_model = base_model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if bits is None:  # a quantized model has been loaded to its device, and must not be moved
+            base_model = base_model.to("cuda" if torch.cuda.is_available() else "cpu")
         model = transformers_server.load_adapters(base_model, settings.model, named_adapters(settings.adapter))
     transformers_server.serve(
         model,

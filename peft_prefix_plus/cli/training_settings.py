@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from .errors import check_numbers, check_positive
-from .loading import LARGEST_SEED, TASKS, Source, check_dtype
+from .loading import EIGHT_BITS_HELP, FOUR_BITS_HELP, LARGEST_SEED, TASKS, Source, check_dtype, num_bits
 
 
 def option(default: Any, text: str, *aliases: str, may_change: bool = False) -> Any:
@@ -72,8 +72,8 @@ class TrainingSettings:
     revision: str | None = option(None, "The base model's branch, tag or commit on the Hub.", "model-revision")
     trust_remote_code: bool = option(False, "Run code from the base model's repository.")
     dtype: str = option("auto", "The base model's dtype: auto, float32, bfloat16 or float16.", "torch-dtype")
-    load_in_4bit: bool = option(False, "Quantize the base model to 4 bits with bitsandbytes.")
-    load_in_8bit: bool = option(False, "Quantize the base model to 8 bits with bitsandbytes.")
+    load_in_4bit: bool = option(False, FOUR_BITS_HELP["help"])
+    load_in_8bit: bool = option(False, EIGHT_BITS_HELP["help"])
     bf16: bool = option(False, "Compute in bfloat16 with autocast. The adapter stays in float32.")
     gradient_checkpointing: bool = option(False, "Compute activations twice instead of keeping them.", may_change=True)
 
@@ -139,8 +139,7 @@ class TrainingSettings:
             raise ValueError(f"`eval_strategy` must be epoch or steps, got {self.eval_strategy!r}.")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other. Give one of them.")
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("--load-in-4bit and --load-in-8bit contradict each other. Give one of them.")
+        num_bits(self.load_in_4bit, self.load_in_8bit)
         check_positive(self, "learning_rate", *(["epochs"] if self.max_steps <= 0 else []))
         check_numbers(self, 0, "warmup_steps", "weight_decay")
         numbers = ("batch_size", "gradient_accumulation", "keep_checkpoints", "logging_steps")
@@ -190,7 +189,7 @@ class TrainingSettings:
     @property
     def bits(self) -> int | None:
         """The number of bits to quantize the base model to, or `None`."""
-        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+        return num_bits(self.load_in_4bit, self.load_in_8bit)
 
 
 def trainer_arguments(settings: Any, **more: Any) -> TrainingArguments:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hub_server import File, HubServer, Repository
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -90,6 +91,25 @@ def save_adapters(model_directory: Path, directory: Path, num_adapters: int) -> 
             **FORMS[index % len(FORMS)],
         )
     return paths
+
+
+def push(adapter: Path, hub: HubServer, repo_id: str) -> None:
+    """Put an adapter's folder on a Hub, without a client: the tests' own process is offline."""
+    repository = hub.repositories[repo_id] = Repository(is_private=False)
+    files = {path.name: File(path.read_bytes(), path.suffix == ".safetensors") for path in adapter.iterdir()}
+    hub.objects |= {file.sha256: file.content for file in files.values()}
+    repository.add_commit("main", "an adapter", files)
+
+
+def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
+    """The variables for a process that reads from this Hub, and has nothing in its cache."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
 
 
 class Reference:

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from served import ENVIRONMENT, VOCABULARY, Reference, save_adapter
+from hub_server import HubServer, running_hub
+from served import ENVIRONMENT, VOCABULARY, Reference, hub_environment, push, save_adapter
 from transformers import AutoTokenizer
 
 
@@ -27,6 +28,10 @@ pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
 MAX_MODEL_LEN = 512
+ON_HUB = ("adapter-2", "adapter-5")
+"""The adapters that the server gets from a Hub."""
+LOAD_SECONDS = float(os.environ.get("SERVING_LOAD_SECONDS", "45"))
+"""How long the mixed load runs, half of it on the base model alone."""
 
 
 class Server:
@@ -61,8 +66,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
+def hub(adapter_paths: dict[str, Path]) -> Iterator[HubServer]:
+    """A Hub with an additive adapter and one for the cache."""
+    with running_hub({"token-of-user": "user"}) as hub:
+        for name in ON_HUB:
+            push(adapter_paths[name], hub, f"user/{name}")
+        yield hub
+
+
+@pytest.fixture(scope="module")
 def server(
-    model_path: Path, adapter_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    model_path: Path, adapter_paths: dict[str, Path], hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +84,7 @@ def server(
     log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, "-m", "peft_prefix_plus.cli", "serve", "--model", str(model_path), "--port", str(port)]
     for name, path in adapter_paths.items():
-        command += ["--adapter", f"{name}={path}"]
+        command += ["--adapter", f"{name}=user/{name}" if name in ON_HUB else f"{name}={path}"]
     command += [
         "--may-load",
         "--",
@@ -83,8 +97,9 @@ def server(
         "--num-gpu-blocks-override=640",  # a cache that is soon full, so that what it has in memory does not grow
     ]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--api-key", "secret", "--max-num-seqs", "32"]
+    environment = {**os.environ, **ENVIRONMENT, **hub_environment(hub, tmp_path_factory.mktemp("home"))}
     with open(log, "wb") as writer:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=writer, stderr=writer)
+        process = subprocess.Popen(command, env=environment, stdout=writer, stderr=writer)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -112,6 +127,7 @@ def test_the_models_are_the_base_model_and_the_adapters(server: Server, adapter_
     models = {model.id: model for model in server.client.models.list()}
     assert set(models) == {"base", *adapter_paths}
     assert all(models[name].parent == "base" for name in adapter_paths)
+    assert {models[name].root for name in ON_HUB} == {f"user/{name}" for name in ON_HUB}
 
 
 def test_completions_of_a_mixed_load_are_pefts(
@@ -174,6 +190,18 @@ def test_adapters_come_and_go_while_it_runs(
     assert server.post("/v1/unload_prefix_adapter", name="late")[0] == 404
 
 
+def test_an_adapter_comes_from_the_hub_while_it_runs(
+    server: Server, hub: HubServer, adapter_paths: dict[str, Path], reference: Reference
+) -> None:
+    push(adapter_paths["adapter-3"], hub, "user/late")
+    status, answer = server.post("/v1/load_prefix_adapter", name="late", path="user/late")
+    assert status == 200, answer
+    assert server.complete("late", [1, 2, 3]).choices[0].token_ids == reference.generate("adapter-3", [1, 2, 3], 12)
+    server.post("/v1/unload_prefix_adapter", name="late")
+    status, answer = server.post("/v1/load_prefix_adapter", name="late", path="user/nothing")
+    assert status == 400 and "user/nothing" in answer["error"]["message"]
+
+
 def test_what_cannot_be_served_is_refused_and_the_server_goes_on(
     server: Server, model_path: Path, adapter_paths: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:
@@ -228,10 +256,10 @@ def test_the_servers_api_key_is_asked_for(server: Server, adapter_paths: dict[st
         stranger.completions.create(model="adapter-0", prompt="x", max_tokens=1)
 
 
+@pytest.mark.timeout(600 + LOAD_SECONDS)
 def test_a_mixed_load_gets_right_answers_and_memory_grows_no_more_than_with_the_base_model(
     server: Server, reference: Reference, adapter_paths: dict[str, Path]
 ) -> None:
-    seconds = float(os.environ.get("SERVING_LOAD_SECONDS", "45"))
     asked = questions(["base", *adapter_paths], 63, seed=12)
     expected = [reference.generate(None if name == "base" else name, prompt, 12) for name, prompt in asked]
     draw = random.Random(13)
@@ -240,18 +268,20 @@ def test_a_mixed_load_gets_right_answers_and_memory_grows_no_more_than_with_the_
         name, prompt = asked[index]
         return bool(server.complete(name, prompt).choices[0].token_ids == expected[index])
 
-    def growth(indices: list[int]) -> float:
+    def growth(kind: str, indices: list[int]) -> float:
         """Bytes per request by which memory grows in half of the time."""
-        before, end, number = server.memory(), time.monotonic() + seconds / 2, 0
+        before, end, number = server.memory(), time.monotonic() + LOAD_SECONDS / 2, 0
         while time.monotonic() < end:
             assert all(pool.map(ask, draw.choices(indices, k=32)))
             number += 32
-        return (server.memory() - before) / number
+        after = server.memory()
+        print(f"{kind}: {number} requests, all right; memory {before / 2**20:.0f} MiB, then {after / 2**20:.0f} MiB")
+        return (after - before) / number
 
     with ThreadPoolExecutor(16) as pool:
         for _ in range(3):
             assert all(pool.map(ask, range(len(asked))))
         # vLLM's build for CPUs itself grows with every request, the less the longer it runs
-        base = growth([index for index, (name, _) in enumerate(asked) if name == "base"])
-        mixed = growth(list(range(len(asked))))
+        base = growth("base model", [index for index, (name, _) in enumerate(asked) if name == "base"])
+        mixed = growth("mixed", list(range(len(asked))))
     assert mixed < 1.5 * base + 2**16

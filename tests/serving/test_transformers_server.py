@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import random
 import re
 import signal
@@ -24,7 +25,8 @@ import openai
 import pytest
 import torch
 import uvicorn
-from served import VOCABULARY, Reference, save_adapter
+from hub_server import running_hub
+from served import VOCABULARY, Reference, hub_environment, push, save_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +37,7 @@ from transformers import (
 )
 from typing_extensions import Self
 
+from peft_prefix_plus.serving.adapted_model import AdaptedModel
 from peft_prefix_plus.serving.batcher import Batcher, StoppedError
 from peft_prefix_plus.serving.decoding import CHANGING_LOGITS
 from peft_prefix_plus.serving.transformers_app import AppSettings, StoppingServer, make_app
@@ -667,27 +670,65 @@ def test_requests_that_run_are_told_when_the_server_stops(model_path: Path, toke
         running.batcher.change(lambda model: model.unload("joint"))
 
 
-def test_the_command_serves_until_it_is_stopped(model_path: Path, paths: dict[str, Path], alone: Reference) -> None:
+def test_the_command_serves_adapters_from_a_directory_and_the_hub_until_it_is_stopped(
+    model_path: Path, paths: dict[str, Path], alone: Reference, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "peft_prefix_plus.cli", "serve", "--engine", "transformers", "--port", str(port)]
-    command += ["--model", str(model_path), "--adapter", f"menu={paths['gated']}", "--max-model-len", "40"]
-    with subprocess.Popen([*command, "--api-key", "secret"], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
-            wait_until(lambda: process.poll() is not None or can_connect(port), 120)
-            assert {model.id for model in client.models.list()} == {"menu", str(model_path)}
-            extra = {"ignore_eos": True, "return_token_ids": True}
-            answer = client.completions.create(
-                model="menu", prompt="hello", max_tokens=12, temperature=0, extra_body=extra
-            )
-            assert answer.choices[0].token_ids == expected_tokens(alone, "gated", list(tokens_of("hello", model_path)))
-            with pytest.raises(openai.BadRequestError, match="40 tokens"):
-                client.completions.create(model="menu", prompt="hello", max_tokens=36)
-        finally:
-            process.send_signal(signal.SIGINT)
-            _, printed = process.communicate(timeout=60)
+    command += ["--model", str(model_path), "--max-model-len", "40", "--api-key", "secret"]
+    command += ["--adapter", f"menu={paths['gated']}", "--adapter", "remote=user/remote"]
+    with running_hub({"token-of-user": "user"}) as hub:
+        push(paths["mlp"], hub, "user/remote")
+        environment = {**os.environ, **hub_environment(hub, tmp_path)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
+                wait_until(lambda: process.poll() is not None or can_connect(port), 120)
+                assert {model.id for model in client.models.list()} == {"menu", "remote", str(model_path)}
+                prompt = list(tokens_of("hello", model_path))
+                for name, form in (("menu", "gated"), ("remote", "mlp")):
+                    extra = {"ignore_eos": True, "return_token_ids": True}
+                    answer = client.completions.create(
+                        model=name, prompt="hello", max_tokens=12, temperature=0, extra_body=extra
+                    )
+                    assert answer.choices[0].token_ids == expected_tokens(alone, form, prompt)
+                with pytest.raises(openai.BadRequestError, match="40 tokens"):
+                    client.completions.create(model="menu", prompt="hello", max_tokens=36)
+            finally:
+                process.send_signal(signal.SIGINT)
+                _, printed = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in printed, printed
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_model_is_loaded_so_and_not_moved(
+    model_path: Path, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    from peft_prefix_plus.cli import loading, serving
+    from peft_prefix_plus.serving import transformers_server
+
+    asked: dict[str, Any] = {}
+    served: list[AdaptedModel] = []
+    load_plain = AutoModelForCausalLM.from_pretrained
+
+    def load(name: str, **options: Any) -> Any:
+        asked.update(options)
+        model = load_plain(name)
+        monkeypatch.setattr(model, "to", lambda *_: pytest.fail("transformers refuses to move some quantized models"))
+        return model
+
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers_server, "serve", lambda model, *_, **__: served.append(model))
+    settings = serving.ServingSettings(
+        model=str(model_path), engine="transformers", adapter=[f"menu={paths['decoupled']}"]
+    )
+    options: Any = {f"load_in_{bits}bit": True}
+    serving.serve(settings, serving.TransformersSettings(**options))
+    quantization = asked["quantization_config"]
+    assert (quantization.load_in_4bit, quantization.load_in_8bit) == (bits == 4, bits == 8)
+    assert set(served[0].adapters) == {"menu"}
 
 
 def tokens_of(text: str, model_path: Path) -> list[int]:
@@ -714,6 +755,8 @@ def test_options_of_one_engine_are_refused_for_the_other(model_path: Path) -> No
         with pytest.raises(ValueError, match="`api_key` must be printable ASCII"):
             TransformersSettings(api_key=key)
     assert TransformersSettings(api_key="sk-0_A~!").api_key == "sk-0_A~!"
+    with pytest.raises(ValueError, match="contradict each other"):
+        TransformersSettings(load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(CommandError, match="'menu' cannot be served"):
         adapter = [f"menu={model_path}"]
         serve(ServingSettings(model=str(model_path), engine="transformers", adapter=adapter), TransformersSettings())
