@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, try_to_load_from_cache
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..registration import METHOD_NAME
-from .reading import naming_file
+from .reading import find_file, naming_file
 
 
 SETTINGS_KEY = "prefix_plus_settings"
@@ -99,17 +98,13 @@ def find_weights(source: str, subfolder: str | None = None, **hub_kwargs: Any) -
         subfolder (`str`, *optional*): A folder in it.
         hub_kwargs: As in `hf_hub_download`.
     """
-    directory = os.path.join(source, subfolder or "")
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if os.path.exists(os.path.join(directory, name)):
-            return os.path.join(directory, name)
-    if os.path.isdir(source):
-        return None
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         try:
-            return hf_hub_download(source, name, subfolder=subfolder, **hub_kwargs)
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            path = find_file(source, name, subfolder, **hub_kwargs)
+        except ValueError:
             continue  # loading asks again, and says what is wrong
+        if path is not None:
+            return path
     return None
 
 

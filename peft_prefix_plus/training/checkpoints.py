@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..saving.files import TRAINER_STATE
 from ..saving.reading import read_fields
 
 
@@ -28,7 +29,7 @@ def remove_checkpoints(output: Path) -> None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        read_fields(checkpoint / "trainer_state.json")
+        read_fields(checkpoint / TRAINER_STATE)
     except (OSError, ValueError):
         return False
     return True

@@ -107,7 +107,9 @@ def number_wrong(found: list[list[torch.Tensor]], expected: list[list[torch.Tens
     pairs = [
         (one, other) for mine, own in zip(found, expected, strict=True) for one, other in zip(mine, own, strict=True)
     ]
-    return sum(not torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in pairs)
+    return sum(
+        one.shape != other.shape or not torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in pairs
+    )
 
 
 def check_threads(model: Any, rounds: int, tolerance: float = 0.0) -> None:

@@ -430,14 +430,7 @@ def test_an_encoder_decoder_learns_to_answer(data: Path, tmp_path: Path) -> None
 
 def test_the_adapter_goes_to_the_hub(base: Path, data: Path, tmp_path: Path) -> None:
     with running_hub({"token-of-user": "user"}) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_TOKEN": "token-of-user",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-        }
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "HF_TOKEN": "token-of-user"}
         options = ["--max-steps", 1, "--push-to-hub", "--hub-model-id", "user/adapter", "--hub-private-repo"]
         arguments = [str(argument) for argument in training(base, data, tmp_path / "output", *options, "--overwrite")]
         command = [sys.executable, "-m", "peft_prefix_plus.cli", *arguments]

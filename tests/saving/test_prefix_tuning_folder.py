@@ -219,19 +219,12 @@ except ValueError as error:
 
 def test_a_push_has_the_folder_and_the_lines_on_its_card_load_it_by_peft_alone(base: Path, tmp_path: Path) -> None:
     with running_hub({"token-of-user": "user"}) as hub:
-        environment = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_TOKEN": "token-of-user",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
-        }
+        environment = {**hub.environment(tmp_path / "author"), "HF_TOKEN": "token-of-user"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         package = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         process = subprocess.run(
             [sys.executable, "-c", PUSH, str(base), str(tmp_path / "pushed.pt")],
-            env={**kept, **environment, "HF_HOME": str(tmp_path / "author"), "PYTHONPATH": package},
+            env={**kept, **environment, "PYTHONPATH": package},
             capture_output=True,
             text=True,
             timeout=300,
@@ -254,5 +247,5 @@ def test_a_push_has_the_folder_and_the_lines_on_its_card_load_it_by_peft_alone(b
 
         lines = re.findall(r"```python\n(.*?)```", repository.files["README.md"].content.decode(), re.DOTALL)[-1]
         assert 'PeftModel.from_pretrained(base_model, "user/prefix", subfolder="prefix_tuning")' in lines
-        found = logits_of_peft_alone(lines, tmp_path, HF_HOME=str(tmp_path / "reader"), **environment)
+        found = logits_of_peft_alone(lines, tmp_path, **{**environment, **hub.environment(tmp_path / "reader")})
         torch.testing.assert_close(found, torch.load(tmp_path / "pushed.pt"), rtol=0, atol=1e-5)

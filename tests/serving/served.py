@@ -101,17 +101,6 @@ def push(adapter: Path, hub: HubServer, repo_id: str) -> None:
     repository.add_commit("main", "an adapter", files)
 
 
-def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
-    """The variables for a process that reads from this Hub, and has nothing in its cache."""
-    return {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
 class Reference:
     """
     What PEFT generates.

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from hub_server import HubServer, running_hub
-from served import ENVIRONMENT, VOCABULARY, Reference, hub_environment, push, save_adapter
+from served import ENVIRONMENT, VOCABULARY, Reference, push, save_adapter
 from transformers import AutoTokenizer
 
 
@@ -97,7 +97,7 @@ def server(
         "--num-gpu-blocks-override=640",  # a cache that is soon full, so that what it has in memory does not grow
     ]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--api-key", "secret", "--max-num-seqs", "32"]
-    environment = {**os.environ, **ENVIRONMENT, **hub_environment(hub, tmp_path_factory.mktemp("home"))}
+    environment = {**os.environ, **ENVIRONMENT, **hub.environment(tmp_path_factory.mktemp("home"))}
     with open(log, "wb") as writer:
         process = subprocess.Popen(command, env=environment, stdout=writer, stderr=writer)
     url = f"http://127.0.0.1:{port}"

@@ -26,7 +26,7 @@ import pytest
 import torch
 import uvicorn
 from hub_server import running_hub
-from served import VOCABULARY, Reference, hub_environment, push, save_adapter
+from served import VOCABULARY, Reference, push, save_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -680,7 +680,7 @@ def test_the_command_serves_adapters_from_a_directory_and_the_hub_until_it_is_st
     command += ["--adapter", f"menu={paths['gated']}", "--adapter", "remote=user/remote"]
     with running_hub({"token-of-user": "user"}) as hub:
         push(paths["mlp"], hub, "user/remote")
-        environment = {**os.environ, **hub_environment(hub, tmp_path)}
+        environment = {**os.environ, **hub.environment(tmp_path)}
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             try:
                 client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
