@@ -33,14 +33,18 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
     batch, heads, tokens, dim = query.shape
     scale = dim**-0.5 if scaling is None else scaling
     kv_heads, _, value_dim = prefix.value.shape[-3:]
-    grouped = query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
     key, value = prefix.key, prefix.value
     if prefix.is_of_rows:
         # (batch · kv_heads, groups · tokens, key_dim)
-        rows, key, value = grouped.flatten(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+        rows = query.reshape(batch * kv_heads, heads // kv_heads * tokens, dim)
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
     else:
-        # all rows of a group of heads have to do with the same keys: (kv_heads, groups · batch · tokens, key_dim)
-        rows = grouped.permute(1, 2, 0, 3, 4).flatten(1, 3)
+        # (products, heads of a product · batch · tokens, key_dim): one product for each query head reads the queries of
+        # a text as they lie in memory, one for a group of heads needs no copies of the keys, which count for one token
+        together = heads // kv_heads if tokens == 1 else 1
+        rows = query.view(batch, heads // together, together, tokens, dim).permute(1, 2, 0, 3, 4).flatten(1, 3)
+        if rows.shape[0] > kv_heads:
+            key, value = (each.repeat_interleave(heads // kv_heads, dim=0) for each in (key, value))
     weights = _weights(rows, key, prefix, scale)
     attended = torch.bmm(weights, value)
     if prefix.is_of_rows:
@@ -55,27 +59,29 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
 
 def add_attention(output: torch.Tensor, query: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
     """
-    Return the output of the base model's attention, (batch, tokens, query_heads, value_dim), plus [`added_attention`]. Where
-    a single token is decoded, it is added in place.
+    Return the output of the base model's attention, (batch, tokens, query_heads, value_dim), plus [`added_attention`], which
+    is added in place where nothing has to remember the output without it.
     """
-    if not _is_single_token(output, query, prefix):
+    if not _may_be_overwritten(output, query, prefix):
         return output + added_attention(query, prefix, scaling).reshape(output.shape)
-    _, _, _, dim = query.shape
-    kv_heads, _, value_dim = prefix.value.shape
-    weights = _weights(query.reshape(kv_heads, -1, dim), prefix.key, prefix, dim**-0.5 if scaling is None else scaling)
-    output.view(kv_heads, -1, value_dim).baddbmm_(weights, prefix.value)
+    batch, _, tokens, dim = query.shape
+    kv_heads, _, value_dim = prefix.value.shape[-3:]
+    if batch == tokens == 1 and prefix.is_decoupled and not prefix.is_of_rows:
+        # decoding notices each operation: the product of weights and values is added without another
+        scale = dim**-0.5 if scaling is None else scaling
+        weights = _weights(query.reshape(kv_heads, -1, dim), prefix.key, prefix, scale)
+        output.view(kv_heads, -1, value_dim).baddbmm_(weights, prefix.value)
+    else:
+        attended = added_attention(query, prefix, scaling)
+        output.view(attended.shape).add_(attended)
     return output
 
 
-def _is_single_token(output: torch.Tensor, query: torch.Tensor, prefix: Prefix) -> bool:
-    """Whether a decoupled prefix is added to one token of one row, without gradients and without a transform of torch.func."""
-    batch, _, tokens, _ = query.shape
+def _may_be_overwritten(output: torch.Tensor, query: torch.Tensor, prefix: Prefix) -> bool:
+    """Whether nothing differentiates, traces or transforms the output, and it can be written to as it lies in memory."""
     return (
-        isinstance(batch, int)  # torch.jit traces a tensor
-        and batch == tokens == 1
-        and not torch.is_grad_enabled()
-        and prefix.is_decoupled
-        and not prefix.is_of_rows
+        not torch.is_grad_enabled()
+        and isinstance(query.shape[0], int)  # torch.jit traces a tensor
         and output.dtype == prefix.value.dtype
         and output.is_contiguous()
         and not torch._C._are_functorch_transforms_active()

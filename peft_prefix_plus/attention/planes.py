@@ -15,11 +15,19 @@ def turn_back(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_int
         sin (`torch.Tensor`): The factor on its partner in the plane, likewise.
         is_interleaved (`bool`): Whether the two dims of a plane are neighbours (GPT-J), or half the dims apart (GPT-NeoX).
     """
+    half = states.shape[-1] // 2
+    turned = states * cos
+    if states.shape[-2] > 1 and not torch.is_grad_enabled():
+        # in place and without a copy of the partners, which takes half as long for the queries of a text
+        dims = (slice(0, None, 2), slice(1, None, 2)) if is_interleaved else (slice(half), slice(half, None))
+        for own, other in (dims, dims[::-1]):
+            turned[..., own].addcmul_(states[..., other], sin[..., own])
+        return turned
     if is_interleaved:
         partners = states.reshape(*states.shape[:-1], -1, 2).flip(-1).flatten(-2)
     else:
-        partners = states.roll(states.shape[-1] // 2, -1)
-    return torch.addcmul(states * cos, partners, sin)
+        partners = states.roll(half, -1)
+    return torch.addcmul(turned, partners, sin)
 
 
 def factors_of_dims(cos: torch.Tensor, sin: torch.Tensor, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:

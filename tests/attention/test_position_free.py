@@ -38,6 +38,7 @@ from peft_prefix_plus import (
     to_prefix_tuning,
 )
 from peft_prefix_plus.attention import Prefix, concatenated, find_rotation
+from peft_prefix_plus.attention.planes import factors_of_dims, turn_back
 from peft_prefix_plus.attention.rotary import QueryRotation
 
 
@@ -397,6 +398,18 @@ def rotated(function, states, positions, arrange):
     angles = positions.double()[:, None] * torch.tensor([1.0, 0.3, 0.05], dtype=torch.float64)
     cos, sin = (arrange(each)[None] for each in (angles.cos(), angles.sin()))
     return function(states, states, cos, sin)[0], (cos, sin)
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_without_gradients_planes_turn_back_alike_and_states_stay(is_interleaved, tokens):
+    states, angles = torch.randn(2, 3, tokens, 8), torch.randn(2, 1, tokens, 4)
+    factors = factors_of_dims(angles.cos(), angles.sin(), is_interleaved)
+    before = states.clone()
+    expected = turn_back(states, *factors, is_interleaved)
+    with torch.no_grad():
+        assert torch.equal(turn_back(states, *factors, is_interleaved), expected)
+    assert torch.equal(states, before)
 
 
 def test_undone_a_rotation_is_none():
