@@ -100,12 +100,15 @@ def prefix_plus(**fields: Any) -> Callable[[Setting], Any]:
     return adapt
 
 
-def prefix_plus_from_text(setting: Setting) -> Any:
-    model = prefix_plus(decoupled=False, position_free=False)(setting)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the text is longer than the prefix
-        initialize_from_text(model, setting.tokenizer, setting.text)
-    return model
+def prefix_plus_from_text(method: str = "first") -> Callable[[Setting], Any]:
+    def adapt(setting: Setting) -> Any:
+        model = prefix_plus(decoupled=False, position_free=False)(setting)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the text is longer than the prefix
+            initialize_from_text(model, setting.tokenizer, setting.text, method=method)
+        return model
+
+    return adapt
 
 
 def prefix_tuning(setting: Setting) -> Any:

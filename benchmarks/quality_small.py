@@ -73,7 +73,7 @@ METHODS = {
     "PREFIX_PLUS, fixed positions": SizedMethod(prefix_plus(position_free=False), (2e-3, *RATE, 1e-2)),
     "PREFIX_PLUS, joint": SizedMethod(prefix_plus(decoupled=False), (2e-3, *RATE, 1e-2)),
     "PREFIX_PLUS, joint, fixed positions": SizedMethod(prefix_plus(decoupled=False, position_free=False), RATE),
-    "PREFIX_PLUS, joint, fixed positions, start: text": SizedMethod(prefix_plus_from_text, RATE),
+    "PREFIX_PLUS, joint, fixed positions, start: text": SizedMethod(prefix_plus_from_text(), RATE),
     "PREFIX_PLUS, joint, start: activations": SizedMethod(
         prefix_plus(decoupled=False, init_weights="activations"), RATE
     ),
