@@ -31,7 +31,6 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
         Shape (batch, tokens, query_heads, value_dim).
     """
     batch, heads, tokens, dim = query.shape
-    scale = dim**-0.5 if scaling is None else scaling
     kv_heads, _, value_dim = prefix.value.shape[-3:]
     key, value = prefix.key, prefix.value
     if prefix.is_of_rows:
@@ -45,8 +44,7 @@ def added_attention(query: torch.Tensor, prefix: Prefix, scaling: float | None) 
         rows = query.view(batch, heads // together, together, tokens, dim).permute(1, 2, 0, 3, 4).flatten(1, 3)
         if rows.shape[0] > kv_heads:
             key, value = (each.repeat_interleave(heads // kv_heads, dim=0) for each in (key, value))
-    weights = _weights(rows, key, prefix, scale)
-    attended = torch.bmm(weights, value)
+    attended = torch.bmm(_weights(rows, key, prefix, scaling), value)
     if prefix.is_of_rows:
         attended = attended.view(batch, heads, tokens, value_dim).transpose(1, 2)
     else:
@@ -65,11 +63,10 @@ def add_attention(output: torch.Tensor, query: torch.Tensor, prefix: Prefix, sca
     if not _may_be_overwritten(output, query, prefix):
         return output + added_attention(query, prefix, scaling).reshape(output.shape)
     batch, _, tokens, dim = query.shape
-    kv_heads, _, value_dim = prefix.value.shape[-3:]
     if batch == tokens == 1 and prefix.is_decoupled and not prefix.is_of_rows:
         # decoding notices each operation: the product of weights and values is added without another
-        scale = dim**-0.5 if scaling is None else scaling
-        weights = _weights(query.reshape(kv_heads, -1, dim), prefix.key, prefix, scale)
+        kv_heads, _, value_dim = prefix.value.shape
+        weights = _weights(query.reshape(kv_heads, -1, dim), prefix.key, prefix, scaling)
         output.view(kv_heads, -1, value_dim).baddbmm_(weights, prefix.value)
     else:
         attended = added_attention(query, prefix, scaling)
@@ -88,8 +85,9 @@ def _may_be_overwritten(output: torch.Tensor, query: torch.Tensor, prefix: Prefi
     )
 
 
-def _weights(rows: torch.Tensor, key: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
+def _weights(rows: torch.Tensor, key: torch.Tensor, prefix: Prefix, scaling: float | None) -> torch.Tensor:
     """What queries (products, queries, key_dim) give to each value, in the values' dtype, (products, queries, prefix_tokens)."""
+    scale = rows.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.bmm(rows, key.transpose(1, 2))
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
