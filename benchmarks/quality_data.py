@@ -80,12 +80,19 @@ SCALES = {
 # ------------------------------------------------------------------------------------------------------- base model
 
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+"""The folder of Python's standard library."""
+
+
+def library_files() -> list[Path]:
+    """Return the files of the standard library, without tests and tables."""
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "lib2to3", "encodings"}
+    return sorted(path for path in LIBRARY.rglob("*.py") if not skipped.intersection(path.relative_to(LIBRARY).parts))
+
+
 def library_sources() -> list[str]:
     """Return the sources of the standard library, without tests and tables."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "lib2to3", "encodings"}
-    files = sorted(path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in library_files()]
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -109,6 +109,16 @@ def prefix_plus_from_text(method: str = "first") -> Callable[[Setting], Any]:
         return model
 
     return adapt
+
+
+def examples_beside_default(setting: Setting) -> Any:
+    """Two adapters of half the tokens each, trained together: one joint that starts from the text, and one in the default form."""
+    tokens = setting.sizes.tokens
+    halves = replace(setting.sizes, tokens=tokens // 2), replace(setting.sizes, tokens=tokens - tokens // 2)
+    model = prefix_plus_from_text("attention")(replace(setting, sizes=halves[0]))
+    model.add_adapter("beside", prefix_plus_config(halves[1]))
+    model.base_model.set_adapter(["default", "beside"])
+    return model
 
 
 def prefix_tuning(setting: Setting) -> Any:

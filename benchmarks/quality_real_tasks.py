@@ -6,15 +6,17 @@ To add one: write a function that takes the folder of `--data` and returns a `Ta
 
 from __future__ import annotations
 
+import ast
 import csv
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sacrebleu
 from babel import Locale
+from quality_data import LIBRARY, library_files
 
 from peft_prefix_plus.cli.records import Record
 
@@ -65,13 +67,18 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return float(sacrebleu.corpus_bleu(list(answers), by_rank).score)
 
 
+def chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return sacrebleu's chrF with the one reference of each answer."""
+    return float(sacrebleu.corpus_chrf(list(answers), [[reference for (reference,) in references]]).score)
+
+
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the percentage of answers that are one of their references."""
     right = sum(answer in of_answer for answer, of_answer in zip(answers, references, strict=True))
     return 100 * right / len(answers)
 
 
-BLEU, EXACT_MATCH = Score("BLEU", bleu), Score("exact match in %", exact_match)
+BLEU, CHRF, EXACT_MATCH = Score("BLEU", bleu), Score("chrF", chrf), Score("exact match in %", exact_match)
 
 
 # ----------------------------------------------------------------------------------------------------------- E2E NLG
@@ -171,5 +178,37 @@ def names(data: Path) -> Task:
     return Task(training, held_out[:400], questions(held_out[:400]), EXACT_MATCH)
 
 
-TASKS: dict[str, Callable[[Path], Task]] = {"e2e": e2e, "labels": labels, "names": names}
+# --------------------------------------------------------------------------------------------------------- docstrings
+
+
+def docstrings(data: Path) -> Task:
+    """The docstring of a function of Python's standard library, by its signature: 300 of modules that are held out."""
+    shuffler = random.Random(0)
+    by_module: dict[str, list[Record]] = {}
+    for path in library_files():
+        module = ".".join(path.relative_to(LIBRARY).with_suffix("").parts).removesuffix(".__init__")
+        by_module[module] = [
+            Record(f"def {module}.{signature}:\n", docstring)
+            for signature, docstring in documented(ast.parse(path.read_bytes()))
+            if 200 <= len(docstring) <= 800
+        ]
+    modules = list(by_module)
+    shuffler.shuffle(modules)
+    held_out_modules = modules[: len(modules) // 3]
+    held_out = [record for module in held_out_modules for record in by_module.pop(module)]
+    shuffler.shuffle(held_out)
+    training = [record for records in by_module.values() for record in records]
+    return Task(training, held_out[:300], questions(held_out[:50]), CHRF, max_new_tokens=150)
+
+
+def documented(node: ast.AST, scope: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the signature and the docstring of each function and method that has one."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from documented(child, f"{scope}{child.name}.")
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and (docstring := ast.get_docstring(child)):
+            yield f"{scope}{child.name}({ast.unparse(child.args)})", docstring
+
+
+TASKS: dict[str, Callable[[Path], Task]] = {"e2e": e2e, "labels": labels, "names": names, "docstrings": docstrings}
 """The tasks by name; each is made of the folder of `--data`."""

@@ -21,7 +21,7 @@ from .saving.reading import naming_config
 from .saving.weights import SavedWeights, check_saved_weights, read_saved_weights
 
 
-Reparameterization = Literal["none", "linear", "mlp"]
+Reparameterization = Literal["none", "asinh", "linear", "mlp"]
 """The names of the encoders of this package, for type checkers; `encoders.ENCODERS` has those of others too."""
 
 Sharing = Literal["none", "input", "projection", "all"]
@@ -68,11 +68,12 @@ class PrefixPlusConfig(PeftConfig):
         num_virtual_tokens (`int`, defaults to 20):
             L_p, the number of prefix positions in every chosen attention module.
         reparameterization (`str`, defaults to `"none"`):
-            `"none"`: the prefix itself is learned. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2.
+            `"none"`: the prefix itself is learned. `"asinh"`: steps move it the less, the further it is from its start, so that
+            rates matter less. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2.
         sharing (`str`, defaults to `"projection"`):
             What the layers share: `"none"`, `"input"` (P' and the MLP's first layer), `"projection"` (the projection
             network) or `"all"`. Modules with another key/value shape have a projection of their own. Ignored for
-            `reparameterization="none"`.
+            `reparameterization="none"` and `"asinh"`.
         encoder_dim (`int`, defaults to 64):
             The width of P'.
         encoder_hidden_size (`int`, *optional*):
@@ -144,11 +145,13 @@ class PrefixPlusConfig(PeftConfig):
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
     reparameterization: Reparameterization = field(
-        default="none", metadata={"help": "How the prefix is produced: 'none', 'linear' or 'mlp'."}
+        default="none", metadata={"help": "How the prefix is produced: 'none', 'asinh', 'linear' or 'mlp'."}
     )
     sharing: Sharing = field(
         default="projection",
-        metadata={"help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none'."},
+        metadata={
+            "help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none' and 'asinh'."
+        },
     )
     encoder_dim: int = field(default=64, metadata={"help": "Width of the learned input of the reparameterization."})
     encoder_hidden_size: int | None = field(
@@ -330,6 +333,12 @@ class PrefixPlusConfig(PeftConfig):
         if self.gating and self.decoupled:
             raise ValueError(
                 "`gating` and `decoupled` are both True: a prefix has a gated softmax of its own or none. Choose one."
+            )
+        if self.reparameterization == "asinh" and (self.gating or self.init_weights not in (True, "zero")):
+            given = "`gating` is True" if self.gating else f"`init_weights` is {self.init_weights!r}"
+            raise ValueError(
+                f"`reparameterization` is 'asinh', whose values start at zero, and {given}, for which they start elsewhere. Use "
+                "reparameterization='none'."
             )
         if self.decoupled and self.init_weights == "zero":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +56,12 @@ SHARED_PARTS = {
 """Which parts of the encoder the layers share, by `sharing`."""
 
 
+def untrained(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter that is not trained: with a gradient of zero, because many tools save only what has one."""
+    detached = parameter.detach()
+    return detached + (parameter - detached) * 0.0 if torch.is_grad_enabled() else detached
+
+
 class Scaling(nn.Module):
     """
     The factors on the keys and on the values of one attention module's prefix.
@@ -82,10 +89,11 @@ class Scaling(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Return the factors, (2,). A call, as for every parameter, so that FSDP or ZeRO-3 gathers them."""
-        if not torch.is_grad_enabled():
-            return self.values
-        return self.values + (self.factors[1:] - self.factors[1:].detach()) * 0.0
+        factors = untrained(self.factors)
+        return factors[1:] / factors[0]
 
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 ENCODERS: dict[str, type[PrefixEncoder]] = {}
 """The classes of encoders by the name that `reparameterization` has in a configuration."""
@@ -256,6 +264,84 @@ class DirectEncoder(PrefixEncoder, reparameterization="none"):
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key, self.value
+
+
+class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
+    """
+    `reparameterization="asinh"`: keys and values that a step moves the less, the further they have come from their start.
+
+        E_K = o + a ⊙ w + bend(X)          E_V = bend(Y)          bend(x) = REACH · asinh(x / KNEE)
+
+    Adam moves X and Y by about the learning rate per step, whatever their gradient. Near its start that moves the prefix by a
+    multiple of the rate, further out by a share of the distance. So a rate that is several times too high, or too low, ends
+    about where the right one does.
+
+    X and Y start at zero. The start of the keys is kept apart and not trained: waves w of another frequency in each head and
+    dim, with the place in the prefix as time; a, their amplitudes, of either sign; and an offset o of all tokens.
+
+    Args:
+        num_virtual_tokens (`int`): The length of the prefix.
+        shape (`KVShape`): The shape of the attention module's keys and values.
+    """
+
+    REACH, KNEE = 0.02, 0.01
+    """How far, in outputs, and after how far, in parameters, steps begin to shrink. Measured: docs/quality.md."""
+
+    def __init__(self, num_virtual_tokens: int, shape: KVShape) -> None:
+        super().__init__(shape)
+        self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
+        self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
+        self.key_start = nn.Parameter(torch.empty(2, shape.num_heads, shape.key_dim))
+
+    @classmethod
+    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> AsinhEncoder:
+        return cls(config.num_virtual_tokens, shape)
+
+    def parts(self) -> list[nn.Module]:
+        return [self]
+
+    def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield "keys", self.key
+        yield "values", self.value
+
+    @torch.no_grad()
+    def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
+        assert value_std == 0.0, "the configuration lets values start at zero only"
+        offset, amplitude = self.key_start
+        offset.zero_()
+        amplitude.bernoulli_().mul_(2).sub_(1).mul_(_per_head(key_std, amplitude))
+        self.key.zero_()
+        self.value.zero_()
+
+    def key_source(self) -> nn.Module:
+        return self
+
+    @torch.no_grad()
+    def spread_keys(self, factors: torch.Tensor) -> None:
+        self.key_start[1].mul_(factors.to(self.key_start)[:, None])
+
+    @torch.no_grad()
+    def shift_keys(self, offset: torch.Tensor) -> None:
+        self.key_start[0].add_(offset.to(self.key_start))
+
+    def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
+        offset, amplitude = untrained(self.key_start)[:, :, None]
+        start = torch.addcmul(offset, amplitude, self._waves())
+        return start + self._bend(self.key), self._bend(self.value)
+
+    def _bend(self, parameter: torch.Tensor) -> torch.Tensor:
+        return torch.asinh(parameter / self.KNEE) * self.REACH
+
+    def _waves(self) -> torch.Tensor:
+        """
+        Waves of variance 1, (heads, tokens, key_dim), with frequencies that repeat no pattern: tokens are as far apart as at random.
+        """
+        heads, tokens, dim = self.key.shape
+        # float64: however long the prefix is, they are the same on every device
+        numbers = torch.arange(1, heads * dim + 1, dtype=torch.float64, device=self.key.device)
+        frequencies = math.pi * (numbers**3 * GOLDEN_RATIO).frac().view(heads, 1, dim)
+        times = torch.arange(1, tokens + 1, dtype=torch.float64, device=self.key.device)[:, None]
+        return (math.sqrt(2) * (times * frequencies).sin()).to(self.key.dtype)
 
 
 class VirtualTokens(nn.Module):

@@ -22,7 +22,11 @@ IDS = torch.arange(3, 35).view(4, 8)
 LEARNING_RATE = 0.5
 
 SHARINGS = ("none", "input", "projection", "all")
-ADAPTERS = [("none", "none"), *((name, sharing) for name in ("linear", "mlp") for sharing in SHARINGS)]
+ADAPTERS = [
+    ("none", "none"),
+    ("asinh", "none"),
+    *((name, sharing) for name in ("linear", "mlp") for sharing in SHARINGS),
+]
 """A reparameterization and a sharing for each adapter: all are active at once, and so are trained in one run."""
 
 

@@ -108,7 +108,7 @@ def test_its_parameters_are_counted_by_the_command(squared: type[PrefixEncoder])
 
 def test_a_name_that_no_class_has_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"`reparameterization` must be one of 'none', 'linear', 'mlp', got 'squared'"
+        ValueError, match=r"`reparameterization` must be one of 'none', 'asinh', 'linear', 'mlp', got 'squared'"
     ):
         prefix_config(reparameterization="squared")
 

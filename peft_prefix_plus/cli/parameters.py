@@ -92,8 +92,7 @@ def count_all(settings: CountingSettings) -> Iterator[Count]:
                     encoder_hidden_size=settings.encoder_hidden_size if encoder.has_hidden_layer else None,
                     layers_to_transform=settings.layers_to_transform,
                     sharing=sharing,
-                    prefix_scaling=1.0,  # without weights nothing can be measured,
-                    init_weights="random",  # neither the scale nor the start
+                    prefix_scaling=1.0,  # without weights none can be measured
                 )
                 adapted = get_peft_model(model, config)
             trainable, total = adapted.get_nb_trainable_parameters()

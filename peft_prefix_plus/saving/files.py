@@ -32,8 +32,8 @@ CARD_NAME = "README.md"
 CONFIG_NAME = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 
-NOT_LEARNED = "prefix_plus_scaling.factors"
-"""How the names of tensors end that an adapter's file has beside parameters: the measured scales."""
+NOT_LEARNED = "prefix_plus_scaling.factors", ".key_start"
+"""How the names of tensors end that an adapter's file has beside parameters: the measured scales, and where keys started."""
 
 
 def prefix_tuning_folder(adapter_name: str) -> str:

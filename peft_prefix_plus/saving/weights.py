@@ -213,8 +213,10 @@ def check_saved_weights(weights: SavedWeights, fields: Mapping[str, Any]) -> Non
 def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
     hidden_size = fields["encoder_hidden_size"] or fields["encoder_dim"]
     length, width = ("num_virtual_tokens", fields["num_virtual_tokens"]), ("encoder_dim", fields["encoder_dim"])
+    direct = {"key": (None, length, None), "value": (None, length, None)}
     forms: dict[str, dict[str, Any]] = {
-        "none": {"key": (None, length, None), "value": (None, length, None)},
+        "none": direct,
+        "asinh": direct,
         "linear": {"virtual_tokens": (length, width)},
         "mlp": {"virtual_tokens": (length, width), "hidden": (("encoder_hidden_size", hidden_size), width)},
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import math
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,16 @@ import quality_real
 import quality_small
 from models import save_base
 from peft import get_peft_model
-from quality_data import SCALES, make_tokenizer
+from quality_data import LIBRARY, SCALES, make_tokenizer
 from quality_methods import equal_sizes, lora_config, num_parameters, prefix_plus_config, prompt_tuning_config
 from quality_real_report import report, section
-from quality_real_tasks import TASKS, bleu, exact_match
+from quality_real_tasks import TASKS, bleu, chrf, exact_match
 from quality_runs import Results, lowest, progress_bar
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from peft_prefix_plus import PrefixPlusConfig
+from peft_prefix_plus.cli.records import Record
 
 
 FOODS, AREAS = ("French", "Indian", "Italian", "Chinese"), ("riverside", "city centre")
@@ -195,10 +198,31 @@ def test_names_are_held_out_with_all_their_translations(data: Path) -> None:
     assert not trained & {record.prompt.split(" in ")[0] for record in task.held_out}
 
 
+def test_docstrings_asks_what_a_function_does_of_modules_that_are_not_in_the_training(data: Path) -> None:
+    task = TASKS["docstrings"](data)
+    assert len(task.held_out) == 300 and len(task.prompts) == 50
+
+    def module(record: Record) -> Path:
+        path = LIBRARY
+        for part in record.prompt.removeprefix("def ").split("(")[0].split("."):
+            path /= part
+            if path.with_suffix(".py").is_file():
+                return path
+        package: Path = path.parent
+        while not package.is_dir():
+            package = package.parent
+        return package
+
+    assert not set(map(module, task.training)) & set(map(module, task.held_out))
+    every = {record.prompt: record.completion for record in task.training + task.held_out}
+    assert every["def textwrap.fill(text, width=70, **kwargs):\n"] == inspect.getdoc(textwrap.fill)
+
+
 def test_scores() -> None:
     references = [["The pub is cheap.", "A cheap pub it is, by the river."], ["It is a pub for families."]]
     assert bleu([of_answer[-1] for of_answer in references], references) == pytest.approx(100)
     assert bleu(["No.", "No."], references) < 5
+    assert chrf(["A pub."], [["A pub."]]) == pytest.approx(100) and chrf(["No."], [["A pub."]]) < 20
     assert exact_match(["a", "b", "c", "d"], [["a"], ["x", "b"], ["C"], ["dd"]]) == 50
 
 
@@ -213,7 +237,7 @@ def test_what_cannot_be_run_is_refused_before_it_starts(
     real = ("--model", str(model), "--data", str(data))
     assert "--scale is only without --model" in refusal(*real, "--scale", "large")
     assert "--methods is only with --model" in refusal("--methods", "LoRA")
-    assert "there is no task 'prose' on a real model. There are: e2e, labels, names." in refusal(
+    assert "there is no task 'prose' on a real model. There are: e2e, labels, names, docstrings." in refusal(
         *real, "--task", "prose"
     )
     assert "there is no task 'e2e' without --model. There are: prose, table." in refusal("--task", "e2e")
