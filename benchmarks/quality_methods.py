@@ -111,7 +111,7 @@ def prefix_plus_from_text(method: str = "first") -> Callable[[Setting], Any]:
     return adapt
 
 
-def examples_beside_default(setting: Setting) -> Any:
+def examples_beside_decoupled(setting: Setting) -> Any:
     """Two adapters of half the tokens each, trained together: one joint that starts from the text, and one in the default form."""
     tokens = setting.sizes.tokens
     halves = replace(setting.sizes, tokens=tokens // 2), replace(setting.sizes, tokens=tokens - tokens // 2)
@@ -181,7 +181,8 @@ def equal_sizes(base: PretrainedConfig, tokens: int) -> Sizes:
         base (`PretrainedConfig`): The base model's configuration.
         tokens (`int`): The virtual tokens of the prefix.
     """
-    target = num_parameters(base, prefix_plus_config(Sizes(tokens, 1, 1, 1, 1)))
+    # without what the default form saves of its start: that is not trained
+    target = num_parameters(base, prefix_plus_config(Sizes(tokens, 1, 1, 1, 1), reparameterization="none"))
 
     def nearest(config: Callable[[int], peft.PeftConfig]) -> int:
         # the number of parameters is a polynomial of degree 2 or less in the size, so three sizes determine it

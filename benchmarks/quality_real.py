@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pydoc_data.topics
 import random
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from quality_methods import (
     Sizes,
     cartridge,
     equal_sizes,
-    examples_beside_default,
+    examples_beside_decoupled,
     full_fine_tuning,
     lora,
     prefix_plus,
@@ -59,6 +60,7 @@ PREFIX_RATES = (0.03, 0.1, 0.3)
 
 METHODS = {
     "PREFIX_PLUS (default)": Method(prefix_plus(), RATES),
+    "PREFIX_PLUS, steps do not shrink": Method(prefix_plus(reparameterization="none"), RATES),
     "PREFIX_PLUS, fixed positions": Method(prefix_plus(position_free=False), RATES),
     "PREFIX_PLUS, joint": Method(prefix_plus(decoupled=False), RATES),
     "PREFIX_PLUS, joint, fixed positions": Method(prefix_plus(decoupled=False, position_free=False), RATES),
@@ -69,7 +71,7 @@ METHODS = {
     "PREFIX_PLUS, joint, mlp": Method(prefix_plus(decoupled=False, reparameterization="mlp"), RATES),
     "PREFIX_PLUS, joint, fixed positions, start: text": Method(prefix_plus_from_text(), RATES),
     "PREFIX_PLUS, joint, fixed positions, start: text by attention": Method(prefix_plus_from_text("attention"), RATES),
-    "PREFIX_PLUS, start: text by attention, beside the default": Method(examples_beside_default, RATES),
+    "PREFIX_PLUS, joint from text beside decoupled": Method(examples_beside_decoupled, RATES),
     "LoRA": Method(lora, (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)),
     "PREFIX_TUNING, random": Method(prefix_tuning, PREFIX_RATES),
     "PREFIX_TUNING, start: zero": Method(prefix_tuning_from_zero, PREFIX_RATES),
@@ -79,6 +81,9 @@ METHODS = {
 }
 
 BASE = "base model"
+
+NOT_TRAINED = r"\.prefix_plus_scaling\.|\.key_start\."
+"""The parameters of a prefix that are saved and counted with the others but stay what they are."""
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -137,7 +142,11 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     first_batches = list(islice(training_batches(task, tokenizer, seed=0), 4))
     result: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in trainable),
+        "parameters": sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not re.search(NOT_TRAINED, name)
+        ),
         "first_loss": held_out_loss(model, first_batches, device),
     }
     if trainable:

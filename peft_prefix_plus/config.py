@@ -67,9 +67,10 @@ class PrefixPlusConfig(PeftConfig):
     Args:
         num_virtual_tokens (`int`, defaults to 20):
             L_p, the number of prefix positions in every chosen attention module.
-        reparameterization (`str`, defaults to `"none"`):
+        reparameterization (`str`, *optional*):
             `"none"`: the prefix itself is learned. `"asinh"`: steps move it the less, the further it is from its start, so that
-            rates matter less. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2.
+            rates matter less. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2. `None` means `"asinh"` if
+            `decoupled` with `init_weights=True`, `"none"` otherwise.
         sharing (`str`, defaults to `"projection"`):
             What the layers share: `"none"`, `"input"` (P' and the MLP's first layer), `"projection"` (the projection
             network) or `"all"`. Modules with another key/value shape have a projection of their own. Ignored for
@@ -144,8 +145,12 @@ class PrefixPlusConfig(PeftConfig):
     """
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prefix positions per attention module."})
-    reparameterization: Reparameterization = field(
-        default="none", metadata={"help": "How the prefix is produced: 'none', 'asinh', 'linear' or 'mlp'."}
+    reparameterization: Reparameterization | None = field(
+        default=None,
+        metadata={
+            "help": "How the prefix is produced: 'none', 'asinh', 'linear' or 'mlp'. None means 'asinh' for a quiet start of the "
+            "decoupled form, 'none' for all others."
+        },
     )
     sharing: Sharing = field(
         default="projection",
@@ -218,9 +223,11 @@ class PrefixPlusConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PREFIX_PLUS
         self._check_types()
-        self._check_values()
         if self.decoupled is None:
             self.decoupled = not self.gating and self.init_weights != "zero"
+        if self.reparameterization is None:
+            self.reparameterization = "asinh" if self.decoupled and self.init_weights is True else "none"
+        self._check_values()
         self._check_contradictions()
 
     def _check_types(self) -> None:
@@ -247,6 +254,8 @@ class PrefixPlusConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be a float, got a number too large to be one.") from error
         for name in ("reparameterization", "sharing", "encoder_activation"):
             value = getattr(self, name)
+            if name == "reparameterization" and value is None:
+                continue
             if not isinstance(value, str):
                 raise TypeError(f"`{name}` must be a string, got {value!r} of type {type(value).__name__}.")
         for name in ("encoder_prefix", "cross_prefix", "gating", "decoupled", "position_free"):
@@ -325,7 +334,7 @@ class PrefixPlusConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a string: a regular expression names "
                 "the layers itself. Give `target_modules` as a list of suffixes, or put the layers into the pattern."
             )
-        if self.encoder_hidden_size is not None and not ENCODERS[self.reparameterization].has_hidden_layer:
+        if self.encoder_hidden_size is not None and not ENCODERS[str(self.reparameterization)].has_hidden_layer:
             raise ValueError(
                 f"`encoder_hidden_size` is {self.encoder_hidden_size}, but `reparameterization` is "
                 f"{self.reparameterization!r} and has no hidden layer. Use reparameterization='mlp' or leave it None."

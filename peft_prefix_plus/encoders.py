@@ -56,20 +56,25 @@ SHARED_PARTS = {
 """Which parts of the encoder the layers share, by `sharing`."""
 
 
-def untrained(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter that is not trained: with a gradient of zero, because many tools save only what has one."""
-    detached = parameter.detach()
-    return detached + (parameter - detached) * 0.0 if torch.is_grad_enabled() else detached
+class NotTrained(nn.Module):
+    """
+    What an adapter is saved with and does not train: parameters that require a gradient, which is always zero, because many tools
+    save only what is trainable.
+    """
+
+    @staticmethod
+    def fixed(parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of this module, as it enters the prefix."""
+        detached = parameter.detach()
+        return detached + (parameter - detached) * 0.0 if torch.is_grad_enabled() else detached
 
 
-class Scaling(nn.Module):
+class Scaling(NotTrained):
     """
     The factors on the keys and on the values of one attention module's prefix.
 
-    They are never trained, but they are a parameter that requires a gradient, which is always zero: many tools save
-    only trainable parameters, and an adapter cannot be loaded without its factors. Weight decay still shrinks every
-    parameter, so the factors are ratios of three numbers, which shrink alike. Ratios that are powers of two stay
-    exact.
+    Weight decay shrinks every parameter, so the factors are ratios of three numbers, which shrink alike. Ratios that are
+    powers of two stay exact.
     """
 
     def __init__(self) -> None:
@@ -89,7 +94,7 @@ class Scaling(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """Return the factors, (2,). A call, as for every parameter, so that FSDP or ZeRO-3 gathers them."""
-        factors = untrained(self.factors)
+        factors = self.fixed(self.factors)
         return factors[1:] / factors[0]
 
 
@@ -266,39 +271,82 @@ class DirectEncoder(PrefixEncoder, reparameterization="none"):
         return self.key, self.value
 
 
+class KeyStart(NotTrained):
+    """
+    Where keys start that are learned as a distance from it: waves over the places of the prefix, of another frequency in each head
+    and dim, and an offset of all tokens. However long the prefix is, it has two numbers for each head and dim.
+
+    Args:
+        shape (`KVShape`): The shape of the attention module's keys and values.
+    """
+
+    def __init__(self, shape: KVShape) -> None:
+        super().__init__()
+        self.amplitude = nn.Parameter(torch.empty(shape.num_heads, shape.key_dim))
+        self.offset = nn.Parameter(torch.empty(shape.num_heads, shape.key_dim))
+        self._waves: torch.Tensor | None = None
+
+    def forward(self, tokens: int) -> torch.Tensor:
+        """Return the keys of a prefix, (heads, tokens, key_dim)."""
+        amplitude, offset = self.fixed(self.amplitude)[:, None], self.fixed(self.offset)[:, None]
+        return torch.addcmul(offset, amplitude, self._known_waves(tokens))
+
+    def _known_waves(self, tokens: int) -> torch.Tensor:
+        """The waves, which are computed once for each device and dtype."""
+        like = self.amplitude.detach()
+        if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
+            return waves(tokens, like)
+        known = self._waves
+        if known is None or (known.shape[1], known.device, known.dtype) != (tokens, like.device, like.dtype):
+            with torch.inference_mode(False):  # what is computed in inference could not take part in training later
+                known = waves(tokens, like)
+            if type(known) is torch.Tensor:
+                self._waves = known
+        return known
+
+
+def waves(tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Return waves of variance 1, (heads, tokens, dim) for (heads, dim). Their frequencies repeat no pattern, so tokens are as far
+    apart as at random.
+    """
+    # float64: however long the prefix is, they are the same on every device
+    numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    frequencies = math.pi * (numbers**3 * GOLDEN_RATIO).frac().view(like.shape)[:, None]
+    times = torch.arange(1, tokens + 1, dtype=torch.float64, device=like.device)[:, None]
+    return (math.sqrt(2) * (times * frequencies).sin()).to(like.dtype)
+
+
 class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
     """
     `reparameterization="asinh"`: keys and values that a step moves the less, the further they have come from their start.
 
-        E_K = o + a ⊙ w + bend(X)          E_V = bend(Y)          bend(x) = REACH · asinh(x / KNEE)
+        E_K = start + bend(X)          E_V = bend(Y)          bend(x) = KNEE · asinh(x / KNEE)
 
-    Adam moves X and Y by about the learning rate per step, whatever their gradient. Near its start that moves the prefix by a
-    multiple of the rate, further out by a share of the distance. So a rate that is several times too high, or too low, ends
-    about where the right one does.
-
-    X and Y start at zero. The start of the keys is kept apart and not trained: waves w of another frequency in each head and
-    dim, with the place in the prefix as time; a, their amplitudes, of either sign; and an offset o of all tokens.
+    Adam moves X and Y by about the learning rate per step, whatever their gradient. Near its start that moves the prefix as
+    far as that of `"none"`, further out by a share of the distance. So a rate that is several times too high ends near where the
+    right one does. X and Y start at zero, and the keys at a [`KeyStart`].
 
     Args:
         num_virtual_tokens (`int`): The length of the prefix.
         shape (`KVShape`): The shape of the attention module's keys and values.
     """
 
-    REACH, KNEE = 0.02, 0.01
-    """How far, in outputs, and after how far, in parameters, steps begin to shrink. Measured: docs/quality.md."""
+    KNEE = 0.02
+    """The distance from the start at which steps begin to shrink. Measured: docs/quality.md."""
 
     def __init__(self, num_virtual_tokens: int, shape: KVShape) -> None:
         super().__init__(shape)
         self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
-        self.key_start = nn.Parameter(torch.empty(2, shape.num_heads, shape.key_dim))
+        self.key_start = KeyStart(shape)
 
     @classmethod
     def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> AsinhEncoder:
         return cls(config.num_virtual_tokens, shape)
 
     def parts(self) -> list[nn.Module]:
-        return [self]
+        return [self, self.key_start]
 
     def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield "keys", self.key
@@ -306,42 +354,30 @@ class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
 
     @torch.no_grad()
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
-        assert value_std == 0.0, "the configuration lets values start at zero only"
-        offset, amplitude = self.key_start
-        offset.zero_()
-        amplitude.bernoulli_().mul_(2).sub_(1).mul_(_per_head(key_std, amplitude))
-        self.key.zero_()
-        self.value.zero_()
+        if value_std:
+            raise ValueError("The values of an encoder of this form start at zero.")
+        self.key_start.amplitude.bernoulli_().mul_(2).sub_(1).mul_(_per_head(key_std, self.key_start.amplitude))
+        for parameter in (self.key_start.offset, self.key, self.value):
+            parameter.zero_()
 
     def key_source(self) -> nn.Module:
         return self
 
     @torch.no_grad()
     def spread_keys(self, factors: torch.Tensor) -> None:
-        self.key_start[1].mul_(factors.to(self.key_start)[:, None])
+        amplitude = self.key_start.amplitude
+        amplitude.mul_(factors.to(amplitude)[:, None])
 
     @torch.no_grad()
     def shift_keys(self, offset: torch.Tensor) -> None:
-        self.key_start[0].add_(offset.to(self.key_start))
+        self.key_start.offset.add_(offset.to(self.key_start.offset))
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
-        offset, amplitude = untrained(self.key_start)[:, :, None]
-        start = torch.addcmul(offset, amplitude, self._waves())
-        return start + self._bend(self.key), self._bend(self.value)
+        return self.key_start(self.key.shape[1]) + self._bend(self.key), self._bend(self.value)
 
     def _bend(self, parameter: torch.Tensor) -> torch.Tensor:
-        return torch.asinh(parameter / self.KNEE) * self.REACH
-
-    def _waves(self) -> torch.Tensor:
-        """
-        Waves of variance 1, (heads, tokens, key_dim), with frequencies that repeat no pattern: tokens are as far apart as at random.
-        """
-        heads, tokens, dim = self.key.shape
-        # float64: however long the prefix is, they are the same on every device
-        numbers = torch.arange(1, heads * dim + 1, dtype=torch.float64, device=self.key.device)
-        frequencies = math.pi * (numbers**3 * GOLDEN_RATIO).frac().view(heads, 1, dim)
-        times = torch.arange(1, tokens + 1, dtype=torch.float64, device=self.key.device)[:, None]
-        return (math.sqrt(2) * (times * frequencies).sin()).to(self.key.dtype)
+        """What the prefix has moved: as far as the parameter up to the knee, its logarithm beyond."""
+        return torch.asinh(parameter / self.KNEE) * self.KNEE
 
 
 class VirtualTokens(nn.Module):
@@ -525,7 +561,7 @@ class MLPEncoder(ProjectedEncoder, reparameterization="mlp"):
 
 def make_encoder(config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
     """Return the encoder that [`PrefixEncoder.from_config`] of the reparameterization's class makes."""
-    return ENCODERS[config.reparameterization].from_config(config, shape, shared_parts)
+    return ENCODERS[str(config.reparameterization)].from_config(config, shape, shared_parts)
 
 
 def _per_head(std: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:

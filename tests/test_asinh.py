@@ -15,7 +15,7 @@ from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.encoders import AsinhEncoder, KVShape
 
 
-REACH, KNEE = 0.02, 0.01
+KNEE = 0.02
 EACH_FORM = pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "joint"])
 
 
@@ -35,17 +35,19 @@ def learned(decoupled: bool) -> PeftModel:
     return model
 
 
-def by_formula(key: torch.Tensor, value: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def by_formula(
+    key: torch.Tensor, value: torch.Tensor, offset: torch.Tensor, amplitude: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E_K and E_V in float64, number by number."""
     heads, tokens, dim = key.shape
-    keys, values = (REACH * torch.arcsinh(each.double() / KNEE) for each in (key, value))
+    keys, values = (KNEE * torch.arcsinh(each.double() / KNEE) for each in (key, value))
     for head in range(heads):
         for token in range(tokens):
             for place in range(dim):
                 frequency = math.pi * ((head * dim + place + 1) ** 3 * ((math.sqrt(5) - 1) / 2) % 1)
                 wave = math.sqrt(2) * math.sin((token + 1) * frequency)
                 keys[head, token, place] += (
-                    start[0, head, place].double() + start[1, head, place].double() * wave
+                    offset[head, place].double() + amplitude[head, place].double() * wave
                 ).item()
     return keys, values
 
@@ -54,8 +56,8 @@ def by_formula(key: torch.Tensor, value: torch.Tensor, start: torch.Tensor) -> t
 def test_the_prefix_is_that_of_the_formula(decoupled):
     for layer in prefix_layers(learned(decoupled)).values():
         encoder = layer.encoder("default")
-        assert encoder.key_start.any()
-        expected = by_formula(encoder.key, encoder.value, encoder.key_start)
+        assert encoder.key_start.amplitude.any()
+        expected = by_formula(encoder.key, encoder.value, encoder.key_start.offset, encoder.key_start.amplitude)
         for found, states, factor in zip(encoder(), expected, encoder.scaling.values, strict=True):
             torch.testing.assert_close(found.double(), states * factor, rtol=1e-5, atol=1e-6)  # float32
 
@@ -69,7 +71,8 @@ def test_gradients_are_those_of_the_formula_and_the_start_gets_none():
     parameters = (encoder.key, encoder.value)
     assert torch.autograd.gradcheck(lambda *_: encoder(), parameters, eps=1e-7)
     sum(states.square().sum() for states in encoder()).backward()
-    assert encoder.key_start.grad is not None and not encoder.key_start.grad.any()
+    for parameter in encoder.key_start.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
 
 
 @EACH_FORM
@@ -112,7 +115,7 @@ def test_steps_shrink_with_the_distance_from_the_start(rate):
     travelled = torch.stack([encoder.key.mean(), encoder.value.mean()])
     for states, before, factor, distance in zip(encoder(), start, (8.0, 2.0), travelled.tolist(), strict=True):
         assert 0.2 * 40 * rate < distance < 1.01 * 40 * rate
-        expected = torch.full_like(before, factor * REACH * math.asinh(distance / KNEE))
+        expected = torch.full_like(before, factor * KNEE * math.asinh(distance / KNEE))
         torch.testing.assert_close(states.detach() - before, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -141,6 +144,20 @@ def test_the_start_depends_on_the_seed_and_a_long_prefix_keeps_it_in_half_precis
     assert torch.equal(starts[0], starts[2]) and not torch.equal(starts[0], starts[1])
     half = encoder.to(torch.bfloat16)()[0]
     torch.testing.assert_close(half.float(), starts[2], rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+
+
+def test_what_was_computed_in_inference_serves_training_and_other_dtypes():
+    encoder = AsinhEncoder(3, KVShape(2, 4, 4))
+    encoder.initialize_parameters(1.0, 0.0)
+    with torch.inference_mode():
+        expected = [states.clone() for states in encoder()]
+    sum(states.sum() for states in encoder()).backward()
+    assert encoder.key.grad is not None and encoder.key.grad.all()
+    for dtype in (torch.float64, torch.float32):
+        encoder.to(dtype)
+        for found, states in zip(encoder(), expected, strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.float(), states)
 
 
 @pytest.mark.parametrize(

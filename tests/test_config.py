@@ -16,7 +16,7 @@ from peft_prefix_plus import PrefixPlusConfig
 
 
 WRONG_VALUES = [
-    ("reparameterization", "lora", ["'none'", "'linear'", "'mlp'"]),
+    ("reparameterization", "lora", ["'none'", "'asinh'", "'linear'", "'mlp'"]),
     ("sharing", "layers", ["'none'", "'input'", "'projection'", "'all'"]),
     ("encoder_activation", "tahn", ["tanh", "gelu", "silu"]),
     ("num_virtual_tokens", 0, ["at least 1"]),
@@ -59,7 +59,7 @@ WRONG_TYPES = [
     ("encoder_dropout", "0.1", "float"),
     ("encoder_dropout", None, "float"),
     ("prefix_scaling", [1.0], "float"),
-    ("reparameterization", None, "string"),
+    ("reparameterization", 3, "string"),
     ("sharing", ["all"], "string"),
     ("encoder_activation", 3, "string"),
     ("encoder_prefix", 1, "True or False"),
@@ -90,7 +90,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(name, value, expected):
 CONTRADICTIONS = [
     ({"layers_pattern": "layers"}, ["layers_pattern", "layers_to_transform"]),
     ({"layers_to_transform": 0, "target_modules": ".*attn"}, ["layers_to_transform", "target_modules", "string"]),
-    ({"encoder_hidden_size": 8}, ["encoder_hidden_size", "8", "'none'", "mlp"]),
+    ({"encoder_hidden_size": 8}, ["encoder_hidden_size", "8", "'asinh'", "mlp"]),
     ({"encoder_hidden_size": 8, "reparameterization": "linear"}, ["encoder_hidden_size", "'linear'", "mlp"]),
     ({"gating": True, "init_weights": "zero"}, ["gating", "init_weights", "'zero'"]),
     ({"decoupled": True, "init_weights": "zero"}, ["decoupled", "init_weights", "'zero'", "init_weights=True"]),
@@ -170,7 +170,7 @@ def test_the_defaults_are_those_of_the_design():
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     assert {name: default for name, default in own.items() if name not in inherited} == {
         "num_virtual_tokens": 20,
-        "reparameterization": "none",
+        "reparameterization": None,
         "sharing": "projection",
         "encoder_dim": 64,
         "encoder_hidden_size": None,
@@ -192,6 +192,24 @@ def test_the_defaults_are_those_of_the_design():
     assert all(
         field.metadata.get("help") for field in dataclasses.fields(PrefixPlusConfig) if field.name not in inherited
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "reparameterization"),
+    [
+        ({}, "asinh"),
+        ({"decoupled": True}, "asinh"),
+        ({"decoupled": False}, "none"),
+        ({"gating": True}, "none"),
+        ({"init_weights": "activations"}, "none"),
+        ({"init_weights": False}, "none"),
+        ({"reparameterization": "none"}, "none"),
+        ({"reparameterization": "mlp"}, "mlp"),
+        ({"reparameterization": "asinh", "decoupled": False}, "asinh"),
+    ],
+)
+def test_a_quiet_start_of_the_decoupled_form_has_steps_that_shrink(fields, reparameterization):
+    assert PrefixPlusConfig(**fields).reparameterization == reparameterization
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,7 @@ def _config(file: KeyValuesFile, fields: Mapping[str, Any]) -> PrefixPlusConfig:
     known = {
         "base_model_name_or_path": file.metadata.get("base_model"),
         "revision": file.metadata.get("revision"),
+        "reparameterization": "none",
     }
     return PrefixPlusConfig(**{**known, **fields, **fixed})
 

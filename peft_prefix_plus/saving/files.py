@@ -32,7 +32,7 @@ CARD_NAME = "README.md"
 CONFIG_NAME = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 
-NOT_LEARNED = "prefix_plus_scaling.factors", ".key_start"
+NOT_LEARNED = "prefix_plus_scaling.factors", ".key_start.amplitude", ".key_start.offset"
 """How the names of tensors end that an adapter's file has beside parameters: the measured scales, and where keys started."""
 
 

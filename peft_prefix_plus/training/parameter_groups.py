@@ -11,7 +11,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..encoders import Scaling
+from ..encoders import NotTrained
 from ..layer import PrefixPlusLayer
 
 
@@ -87,7 +87,7 @@ def prefix_plus_param_groups(
 
     left_out = set() if adapter_name is None else set(_parameters_of_others(model, adapter_name))
     left_out.update(
-        parameter for module in model.modules() if isinstance(module, Scaling) for parameter in module.parameters()
+        parameter for module in model.modules() if isinstance(module, NotTrained) for parameter in module.parameters()
     )
     kinds = {parameter: kind for _, kind, parameter in _prefix_parameters(model)}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}

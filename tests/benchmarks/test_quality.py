@@ -151,7 +151,7 @@ def test_all_methods_have_as_many_parameters_as_the_prefix() -> None:
     config = LlamaConfig(hidden_size=576, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3)
     sizes = equal_sizes(config, 20)
     assert (sizes.tokens, sizes.rank, sizes.prompt_tokens) == (20, 4, 80)
-    prefix = num_parameters(config, prefix_plus_config(sizes))
+    prefix = num_parameters(config, prefix_plus_config(sizes, reparameterization="none"))
     for other in (
         lora_config(sizes),
         prompt_tuning_config(sizes),

@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.attention.added import DECOUPLED_CAP
+from peft_prefix_plus.encoders import AsinhEncoder
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
 from peft_prefix_plus.starting.scaling import DECOUPLED_SCALES, JOINT_SCALES
@@ -54,7 +55,7 @@ def count_on_llama_2_7b(reparameterization: str, sharing: str) -> int:
 @pytest.mark.parametrize("page", ["README.md", "docs/method.md"])
 def test_numbers_of_parameters_are_right(page: str) -> None:
     rows = [row for row in table_rows(page) if len(row) == 3 and re.fullmatch(r"[\d,]+", row[2])]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for reparameterization, sharing, count in rows:
         arguments = reparameterization.strip('`"'), sharing.strip('`"') or "projection"
         assert f"{count_on_llama_2_7b(*arguments):,}" == count, arguments
@@ -71,6 +72,7 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
     assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
     assert f"{DECOUPLED_CAP:g} \\tanh(x / {DECOUPLED_CAP:g})" in method
+    assert f"c = {AsinhEncoder.KNEE:g}" in method
 
 
 def test_troubleshooting_has_the_messages_as_they_are() -> None:
