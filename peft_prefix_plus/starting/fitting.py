@@ -56,7 +56,7 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
         if not isinstance(encoder, (DirectEncoder, ProjectedEncoder)):
             raise NotImplementedError(
                 f"{type(encoder).__name__} cannot be fitted to given keys and values: it is no subclass of ProjectedEncoder. "
-                "Make it one, or start by `init_weights`."
+                "Use reparameterization='none', or start by `init_weights`."
             )
     for encoder in encoders.values():
         encoder.initialize_parameters(0.0, 0.0)
