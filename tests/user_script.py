@@ -28,7 +28,7 @@ from peft_prefix_plus.config import Reparameterization, Sharing
 
 def use_what_is_public(path: Path) -> None:
     config = PrefixPlusConfig(task_type="CAUSAL_LM", reparameterization="mlp", sharing="all", layers_to_transform=[-1])
-    assert_type(config.reparameterization, Reparameterization)
+    assert_type(config.reparameterization, Reparameterization | None)
     assert_type(config.sharing, Sharing)
     PrefixPlusConfig(reparameterization="linaer")  # pyright: ignore[reportArgumentType]
     PrefixPlusConfig(init_weights="zeros")  # pyright: ignore[reportArgumentType]
