@@ -73,7 +73,13 @@ def save_adapter(model_directory: Path, directory: Path, seed: int, **fields: An
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_directory)
     fields = {"decoupled": False, "position_free": False, "init_weights": False, "task_type": "CAUSAL_LM", **fields}
-    get_peft_model(base, PrefixPlusConfig(**fields)).save_pretrained(str(directory))
+    model = get_peft_model(base, PrefixPlusConfig(**fields))
+    if fields.get("reparameterization") == "asinh":  # which starts with values of zero
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith((".default.key", ".default.value")):
+                    parameter.normal_(std=0.1)
+    model.save_pretrained(str(directory))
 
 
 def save_adapters(model_directory: Path, directory: Path, num_adapters: int) -> dict[str, Path]:
