@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import pydoc_data.topics
 import random
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -46,6 +45,7 @@ from speed import peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_prefix_plus.cli.records import Collator, encode, prompt_ids
+from peft_prefix_plus.encoders import untrained_parameters
 from peft_prefix_plus.training.padding import padding_id
 
 
@@ -81,9 +81,6 @@ METHODS = {
 }
 
 BASE = "base model"
-
-NOT_TRAINED = r"\.prefix_plus_scaling\.|\.key_start\."
-"""The parameters of a prefix that are saved and counted with the others but stay what they are."""
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -142,11 +139,7 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     first_batches = list(islice(training_batches(task, tokenizer, seed=0), 4))
     result: dict[str, Any] = {
-        "parameters": sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not re.search(NOT_TRAINED, name)
-        ),
+        "parameters": sum(parameter.numel() for parameter in set(trainable) - untrained_parameters(model)),
         "first_loss": held_out_loss(model, first_batches, device),
     }
     if trainable:

@@ -69,6 +69,13 @@ class NotTrained(nn.Module):
         return detached + (parameter - detached) * 0.0 if torch.is_grad_enabled() else detached
 
 
+def untrained_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model's [`NotTrained`] modules."""
+    return {
+        parameter for module in model.modules() if isinstance(module, NotTrained) for parameter in module.parameters()
+    }
+
+
 class Scaling(NotTrained):
     """
     The factors on the keys and on the values of one attention module's prefix.

@@ -11,7 +11,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..encoders import NotTrained
+from ..encoders import untrained_parameters
 from ..layer import PrefixPlusLayer
 
 
@@ -86,9 +86,7 @@ def prefix_plus_param_groups(
             _check_number(argument, rate)
 
     left_out = set() if adapter_name is None else set(_parameters_of_others(model, adapter_name))
-    left_out.update(
-        parameter for module in model.modules() if isinstance(module, NotTrained) for parameter in module.parameters()
-    )
+    left_out |= untrained_parameters(model)
     kinds = {parameter: kind for _, kind, parameter in _prefix_parameters(model)}
     members: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     for parameter in model.parameters():  # yields a shared parameter once
