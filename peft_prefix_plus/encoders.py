@@ -226,9 +226,10 @@ class PrefixEncoder(nn.Module):
         return key * scaling[0], value * scaling[1]
 
 
-class DirectEncoder(PrefixEncoder, reparameterization="none"):
+class TokenEncoder(PrefixEncoder):
     """
-    `reparameterization="none"`: E_K and E_V are the parameters.
+    A reparameterization with a parameter for each number of the keys and values: `key` (heads, tokens, key_dim) and `value` (heads,
+    tokens, value_dim).
 
     Args:
         num_virtual_tokens (`int`): The length of the prefix.
@@ -241,15 +242,8 @@ class DirectEncoder(PrefixEncoder, reparameterization="none"):
         self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
 
     @classmethod
-    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> DirectEncoder:
+    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> PrefixEncoder:
         return cls(config.num_virtual_tokens, shape)
-
-    @classmethod
-    def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
-        """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), unscaled."""
-        encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2])).to(key.device, key.dtype)
-        encoder.key, encoder.value = nn.Parameter(key), nn.Parameter(value)
-        return encoder
 
     def parts(self) -> list[nn.Module]:
         return [self]
@@ -258,13 +252,24 @@ class DirectEncoder(PrefixEncoder, reparameterization="none"):
         yield "keys", self.key
         yield "values", self.value
 
+    def key_source(self) -> nn.Module:
+        return self
+
+
+class DirectEncoder(TokenEncoder, reparameterization="none"):
+    """`reparameterization="none"`: E_K and E_V are the parameters."""
+
+    @classmethod
+    def holding(cls, key: torch.Tensor, value: torch.Tensor) -> DirectEncoder:
+        """Return the encoder of given keys (heads, tokens, key_dim) and values (heads, tokens, value_dim), unscaled."""
+        encoder = cls(key.shape[1], KVShape(key.shape[0], key.shape[2], value.shape[2])).to(key.device, key.dtype)
+        encoder.key, encoder.value = nn.Parameter(key), nn.Parameter(value)
+        return encoder
+
     @torch.no_grad()
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
         self.key.normal_().mul_(_per_head(key_std, self.key))
         self.value.normal_(std=value_std)
-
-    def key_source(self) -> nn.Module:
-        return self
 
     @torch.no_grad()
     def spread_keys(self, factors: torch.Tensor) -> None:
@@ -324,7 +329,7 @@ def waves(tokens: int, like: torch.Tensor) -> torch.Tensor:
     return (math.sqrt(2) * (times * frequencies).sin()).to(like.dtype)
 
 
-class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
+class AsinhEncoder(TokenEncoder, reparameterization="asinh"):
     """
     `reparameterization="asinh"`: keys and values that a step moves the less, the further they have come from their start.
 
@@ -333,31 +338,17 @@ class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
     Adam moves X and Y by about the learning rate per step, whatever their gradient. Near its start that moves the prefix as
     far as that of `"none"`, further out by a share of the distance. So a rate that is several times too high ends near where the
     right one does. X and Y start at zero, and the keys at a [`KeyStart`].
-
-    Args:
-        num_virtual_tokens (`int`): The length of the prefix.
-        shape (`KVShape`): The shape of the attention module's keys and values.
     """
 
     KNEE = 0.02
     """The distance from the start at which steps begin to shrink. Measured: docs/quality.md."""
 
     def __init__(self, num_virtual_tokens: int, shape: KVShape) -> None:
-        super().__init__(shape)
-        self.key = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.key_dim))
-        self.value = nn.Parameter(torch.empty(shape.num_heads, num_virtual_tokens, shape.value_dim))
+        super().__init__(num_virtual_tokens, shape)
         self.key_start = KeyStart(shape)
-
-    @classmethod
-    def from_config(cls, config: PrefixPlusConfig, shape: KVShape, shared_parts: nn.ModuleDict) -> AsinhEncoder:
-        return cls(config.num_virtual_tokens, shape)
 
     def parts(self) -> list[nn.Module]:
         return [self, self.key_start]
-
-    def parameters_by_kind(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield "keys", self.key
-        yield "values", self.value
 
     @torch.no_grad()
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
@@ -366,9 +357,6 @@ class AsinhEncoder(PrefixEncoder, reparameterization="asinh"):
         self.key_start.amplitude.bernoulli_().mul_(2).sub_(1).mul_(_per_head(key_std, self.key_start.amplitude))
         for parameter in (self.key_start.offset, self.key, self.value):
             parameter.zero_()
-
-    def key_source(self) -> nn.Module:
-        return self
 
     @torch.no_grad()
     def spread_keys(self, factors: torch.Tensor) -> None:
