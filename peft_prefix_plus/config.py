@@ -21,7 +21,7 @@ from .saving.reading import naming_config
 from .saving.weights import SavedWeights, check_saved_weights, read_saved_weights
 
 
-Reparameterization = Literal["none", "asinh", "linear", "mlp"]
+Reparameterization = Literal["none", "log", "linear", "mlp"]
 """The names of the encoders of this package, for type checkers; `encoders.ENCODERS` has those of others too."""
 
 Sharing = Literal["none", "input", "projection", "all"]
@@ -68,13 +68,13 @@ class PrefixPlusConfig(PeftConfig):
         num_virtual_tokens (`int`, defaults to 20):
             L_p, the number of prefix positions in every chosen attention module.
         reparameterization (`str`, *optional*):
-            `"none"`: the prefix itself is learned. `"asinh"`: steps move it the less, the further it is from its start, so that
-            rates matter less. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2. `None` means `"asinh"` if
+            `"none"`: the prefix itself is learned. `"log"`: steps move it the less, the further it is from its start, so that
+            rates matter less. `"linear"`: P' W_up. `"mlp"`: W_2 act(W_1 P' + b_1) + b_2. `None` means `"log"` if
             `decoupled` with `init_weights=True`, `"none"` otherwise.
         sharing (`str`, defaults to `"projection"`):
             What the layers share: `"none"`, `"input"` (P' and the MLP's first layer), `"projection"` (the projection
             network) or `"all"`. Modules with another key/value shape have a projection of their own. Ignored for
-            `reparameterization="none"` and `"asinh"`.
+            `reparameterization="none"` and `"log"`.
         encoder_dim (`int`, defaults to 64):
             The width of P'.
         encoder_hidden_size (`int`, *optional*):
@@ -148,14 +148,14 @@ class PrefixPlusConfig(PeftConfig):
     reparameterization: Reparameterization | None = field(
         default=None,
         metadata={
-            "help": "How the prefix is produced: 'none', 'asinh', 'linear' or 'mlp'. None means 'asinh' for a quiet start of the "
+            "help": "How the prefix is produced: 'none', 'log', 'linear' or 'mlp'. None means 'log' for a quiet start of the "
             "decoupled form, 'none' for all others."
         },
     )
     sharing: Sharing = field(
         default="projection",
         metadata={
-            "help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none' and 'asinh'."
+            "help": "What the layers share: 'none', 'input', 'projection' or 'all'. Ignored for 'none' and 'log'."
         },
     )
     encoder_dim: int = field(default=64, metadata={"help": "Width of the learned input of the reparameterization."})
@@ -226,7 +226,7 @@ class PrefixPlusConfig(PeftConfig):
         if self.decoupled is None:
             self.decoupled = not self.gating and self.init_weights != "zero"
         if self.reparameterization is None:
-            self.reparameterization = "asinh" if self.decoupled and self.init_weights is True else "none"
+            self.reparameterization = "log" if self.decoupled and self.init_weights is True else "none"
         self._check_values()
         self._check_contradictions()
 
@@ -343,10 +343,10 @@ class PrefixPlusConfig(PeftConfig):
             raise ValueError(
                 "`gating` and `decoupled` are both True: a prefix has a gated softmax of its own or none. Choose one."
             )
-        if self.reparameterization == "asinh" and (self.gating or self.init_weights not in (True, "zero")):
+        if self.reparameterization == "log" and (self.gating or self.init_weights not in (True, "zero")):
             given = "`gating` is True" if self.gating else f"`init_weights` is {self.init_weights!r}"
             raise ValueError(
-                f"`reparameterization` is 'asinh', whose values start at zero, and {given}, for which they start elsewhere. Use "
+                f"`reparameterization` is 'log', whose values start at zero, and {given}, for which they start elsewhere. Use "
                 "reparameterization='none'."
             )
         if self.decoupled and self.init_weights == "zero":

@@ -24,7 +24,7 @@ LEARNING_RATE = 0.5
 SHARINGS = ("none", "input", "projection", "all")
 ADAPTERS = [
     ("none", "none"),
-    ("asinh", "none"),
+    ("log", "none"),
     *((name, sharing) for name in ("linear", "mlp") for sharing in SHARINGS),
 ]
 """A reparameterization and a sharing for each adapter: all are active at once, and so are trained in one run."""

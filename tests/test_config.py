@@ -16,7 +16,7 @@ from peft_prefix_plus import PrefixPlusConfig
 
 
 WRONG_VALUES = [
-    ("reparameterization", "lora", ["'none'", "'asinh'", "'linear'", "'mlp'"]),
+    ("reparameterization", "lora", ["'none'", "'log'", "'linear'", "'mlp'"]),
     ("sharing", "layers", ["'none'", "'input'", "'projection'", "'all'"]),
     ("encoder_activation", "tahn", ["tanh", "gelu", "silu"]),
     ("num_virtual_tokens", 0, ["at least 1"]),
@@ -90,7 +90,7 @@ def test_a_wrong_type_is_refused_with_the_right_one(name, value, expected):
 CONTRADICTIONS = [
     ({"layers_pattern": "layers"}, ["layers_pattern", "layers_to_transform"]),
     ({"layers_to_transform": 0, "target_modules": ".*attn"}, ["layers_to_transform", "target_modules", "string"]),
-    ({"encoder_hidden_size": 8}, ["encoder_hidden_size", "8", "'asinh'", "mlp"]),
+    ({"encoder_hidden_size": 8}, ["encoder_hidden_size", "8", "'log'", "mlp"]),
     ({"encoder_hidden_size": 8, "reparameterization": "linear"}, ["encoder_hidden_size", "'linear'", "mlp"]),
     ({"gating": True, "init_weights": "zero"}, ["gating", "init_weights", "'zero'"]),
     ({"decoupled": True, "init_weights": "zero"}, ["decoupled", "init_weights", "'zero'", "init_weights=True"]),
@@ -197,15 +197,15 @@ def test_the_defaults_are_those_of_the_design():
 @pytest.mark.parametrize(
     ("fields", "reparameterization"),
     [
-        ({}, "asinh"),
-        ({"decoupled": True}, "asinh"),
+        ({}, "log"),
+        ({"decoupled": True}, "log"),
         ({"decoupled": False}, "none"),
         ({"gating": True}, "none"),
         ({"init_weights": "activations"}, "none"),
         ({"init_weights": False}, "none"),
         ({"reparameterization": "none"}, "none"),
         ({"reparameterization": "mlp"}, "mlp"),
-        ({"reparameterization": "asinh", "decoupled": False}, "asinh"),
+        ({"reparameterization": "log", "decoupled": False}, "log"),
     ],
 )
 def test_a_quiet_start_of_the_decoupled_form_has_steps_that_shrink(fields, reparameterization):

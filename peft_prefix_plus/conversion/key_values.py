@@ -319,9 +319,9 @@ def _config(file: KeyValuesFile, fields: Mapping[str, Any]) -> PrefixPlusConfig:
     known = {
         "base_model_name_or_path": file.metadata.get("base_model"),
         "revision": file.metadata.get("revision"),
-        "reparameterization": "none",
     }
-    return PrefixPlusConfig(**{**known, **fields, **fixed})
+    reparameterization = fields.get("reparameterization") or "none"  # the default may be one that takes no given keys
+    return PrefixPlusConfig(**{**known, **fields, **fixed, "reparameterization": reparameterization})
 
 
 def _fill_gates(model: PeftModel, adapter_name: str, file: KeyValuesFile) -> None:

@@ -4,17 +4,17 @@ module. May import nothing of the package.
 """
 
 from .base import ENCODERS, KVShape, NotTrained, PrefixEncoder, Scaling, make_encoder, untrained_parameters
-from .direct import AsinhEncoder, DirectEncoder, TokenEncoder
+from .direct import DirectEncoder, LogEncoder, TokenEncoder
 from .projected import SHARED_PARTS, LinearEncoder, MLPEncoder, ProjectedEncoder, VirtualTokens
 
 
 __all__ = [
     "ENCODERS",
     "SHARED_PARTS",
-    "AsinhEncoder",
     "DirectEncoder",
     "KVShape",
     "LinearEncoder",
+    "LogEncoder",
     "MLPEncoder",
     "NotTrained",
     "PrefixEncoder",

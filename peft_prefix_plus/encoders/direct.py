@@ -1,4 +1,4 @@
-"""The reparameterizations with a parameter for each number of the keys and values: "none" and "asinh"."""
+"""The reparameterizations with a parameter for each number of the keys and values: "none" and "log"."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from .base import KVShape, NotTrained, PrefixEncoder, per_head
 
 if TYPE_CHECKING:
     from ..config import PrefixPlusConfig
-
-
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class TokenEncoder(PrefixEncoder):
@@ -81,60 +78,66 @@ class KeyStart(NotTrained):
     Where keys start that are learned as a distance from it: waves over the places of the prefix, of another frequency in each head
     and dim, and an offset of all tokens. However long the prefix is, it has two numbers for each head and dim.
 
+    Weight decay shrinks every parameter, so both are ratios to a third, which shrinks alike.
+
     Args:
         shape (`KVShape`): The shape of the attention module's keys and values.
     """
 
     def __init__(self, shape: KVShape) -> None:
         super().__init__()
+        self.unit = nn.Parameter(torch.ones(1))
         self.amplitude = nn.Parameter(torch.empty(shape.num_heads, shape.key_dim))
         self.offset = nn.Parameter(torch.empty(shape.num_heads, shape.key_dim))
-        self._waves: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def initialize(self, key_std: float | torch.Tensor) -> None:
+        """Give the keys these standard deviations, with random signs, and no offset."""
+        self.unit.fill_(1.0)
+        self.amplitude.bernoulli_().mul_(2).sub_(1).mul_(per_head(key_std, self.amplitude))
+        self.offset.zero_()
 
     def forward(self, tokens: int) -> torch.Tensor:
         """Return the keys of a prefix, (heads, tokens, key_dim)."""
         amplitude, offset = self.fixed(self.amplitude)[:, None], self.fixed(self.offset)[:, None]
-        return torch.addcmul(offset, amplitude, self._known_waves(tokens))
+        return (offset + amplitude * waves(tokens, self.amplitude)) / self.fixed(self.unit)
 
-    def _known_waves(self, tokens: int) -> torch.Tensor:
-        """The waves, which are computed once for each device and dtype."""
-        like = self.amplitude.detach()
-        if torch.compiler.is_compiling() or type(like) is not torch.Tensor:
-            return waves(tokens, like)
-        known = self._waves
-        if known is None or (known.shape[1], known.device, known.dtype) != (tokens, like.device, like.dtype):
-            with torch.inference_mode(False):  # what is computed in inference could not take part in training later
-                known = waves(tokens, like)
-            if type(known) is torch.Tensor:
-                self._waves = known
-        return known
+
+TURN = 2**24
+"""The parts of a turn that the phases of [`waves`] are counted in: float32 holds each exactly."""
 
 
 def waves(tokens: int, like: torch.Tensor) -> torch.Tensor:
     """
-    Return waves of variance 1, (heads, tokens, dim) for (heads, dim). Their frequencies repeat no pattern, so tokens are as far
+    Return waves of variance 1, (heads, tokens, dim) for (heads, dim). Their frequencies have no pattern, so tokens are as far
     apart as at random.
     """
-    # float64: however long the prefix is, they are the same on every device
-    numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
-    frequencies = math.pi * (numbers**3 * GOLDEN_RATIO).frac().view(like.shape)[:, None]
-    times = torch.arange(1, tokens + 1, dtype=torch.float64, device=like.device)[:, None]
-    return (math.sqrt(2) * (times * frequencies).sin()).to(like.dtype)
+    # Counted in integers: an adapter's start has to be the same on every device and in compiled code.
+    frequencies = torch.arange(1, like.numel() + 1, device=like.device) * 0x9E3779 % TURN
+    frequencies = (frequencies ^ (frequencies >> 12)) * 0x85EBCB % TURN
+    frequencies = (frequencies ^ (frequencies >> 11) | 1).view(like.shape)[:, None]
+    times = torch.arange(1, tokens + 1, device=like.device)[:, None]
+    phases = (times * frequencies % TURN).to(torch.float32) * (2 * math.pi / TURN)
+    return (math.sqrt(2) * phases.sin()).to(like.dtype)
 
 
-class AsinhEncoder(TokenEncoder, reparameterization="asinh"):
+class LogEncoder(TokenEncoder, reparameterization="log"):
     """
-    `reparameterization="asinh"`: keys and values that a step moves the less, the further they have come from their start.
+    `reparameterization="log"`: keys and values whose distance from their start is a logarithm of the distance that the parameters have
+    come.
 
-        E_K = start + bend(X)          E_V = bend(Y)          bend(x) = KNEE · asinh(x / KNEE)
+        E_K = start + damp(X)          E_V = damp(Y)          damp(x) = REACH · log(1 + |x| / KNEE) · x / |x|
 
-    Adam moves X and Y by about the learning rate per step, whatever their gradient. Near its start that moves the prefix as
-    far as that of `"none"`, further out by a share of the distance. So a rate that is several times too high ends near where the
-    right one does. X and Y start at zero, and the keys at a [`KeyStart`].
+    |x| is the root mean square over the layer's keys, or values. Adam moves X and Y by about the learning rate per step, whatever their
+    gradient, so a rate that is too high ends about as near to the start as the right one. Only the distance is damped: the numbers of a layer
+    keep their proportions. X and Y start at zero, and the keys at a [`KeyStart`].
     """
 
-    KNEE = 0.02
-    """The distance from the start at which steps begin to shrink. Measured: docs/quality.md."""
+    KNEE = 0.002
+    """The distance of the parameters from zero at which steps begin to shrink. Measured, like `REACH`: docs/quality.md."""
+
+    REACH = 0.004
+    """How far each further e-fold of that distance moves the prefix."""
 
     def __init__(self, num_virtual_tokens: int, shape: KVShape) -> None:
         super().__init__(num_virtual_tokens, shape)
@@ -147,9 +150,9 @@ class AsinhEncoder(TokenEncoder, reparameterization="asinh"):
     def initialize_parameters(self, key_std: float | torch.Tensor, value_std: float) -> None:
         if value_std:
             raise ValueError("The values of an encoder of this form start at zero.")
-        self.key_start.amplitude.bernoulli_().mul_(2).sub_(1).mul_(per_head(key_std, self.key_start.amplitude))
-        for parameter in (self.key_start.offset, self.key, self.value):
-            parameter.zero_()
+        self.key_start.initialize(key_std)
+        self.key.zero_()
+        self.value.zero_()
 
     @torch.no_grad()
     def spread_keys(self, factors: torch.Tensor) -> None:
@@ -161,8 +164,13 @@ class AsinhEncoder(TokenEncoder, reparameterization="asinh"):
         self.key_start.offset.add_(offset.to(self.key_start.offset))
 
     def produce(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.key_start(self.key.shape[1]) + self._bend(self.key), self._bend(self.value)
+        return self.key_start(self.key.shape[1]) + self._damp(self.key), self._damp(self.value)
 
-    def _bend(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What the prefix has moved: as far as the parameter up to the knee, its logarithm beyond."""
-        return torch.asinh(parameter / self.KNEE) * self.KNEE
+    def _damp(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What the prefix has moved."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        distance = torch.linalg.vector_norm(parameter, dtype=dtype) / math.sqrt(parameter.numel())
+        ratio = (distance / self.KNEE).clamp(
+            min=1e-6
+        )  # parameters of zero have no direction, but the slope of their limit
+        return parameter * (self.REACH / self.KNEE * ratio.log1p() / ratio).to(parameter.dtype)

@@ -14,6 +14,7 @@ from ..adapters.lookup import base_of, layers_with_adapter
 from ..adapters.shared import shared_parts
 from ..adapters.snapshot import all_or_nothing
 from ..config import PrefixPlusConfig
+from ..encoders import NotTrained
 from ..layer import PrefixPlusLayer, detach
 from ..probing.recording import evaluating
 from ..probing.targets import layer_of, restrict_to_layers, select_modules
@@ -223,11 +224,12 @@ def _layers_by_number(model: nn.Module, adapter_name: str) -> dict[int, list[Pre
 
 
 def _parameters_of(layers: Iterable[PrefixPlusLayer], adapter_name: str) -> set[nn.Parameter]:
-    """The parameters that an adapter's prefixes in some layers depend on, shared ones included."""
+    """The parameters that an adapter's prefixes in some layers learn, shared ones included."""
     parameters: set[nn.Parameter] = set()
     for layer in layers:
         for part in layer.encoder(adapter_name).parts():
-            parameters.update(part.parameters(recurse=False))
+            if not isinstance(part, NotTrained):
+                parameters.update(part.parameters(recurse=False))
         if adapter_name in layer.prefix_plus_gate:
             parameters.add(layer.prefix_plus_gate[adapter_name])
     return parameters

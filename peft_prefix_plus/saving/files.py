@@ -32,8 +32,8 @@ CARD_NAME = "README.md"
 CONFIG_NAME = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 
-NOT_LEARNED = "prefix_plus_scaling.factors", ".key_start.amplitude", ".key_start.offset"
-"""How the names of tensors end that an adapter's file has beside parameters: the measured scales, and where keys started."""
+NOT_LEARNED = ".key_start.", ".prefix_plus_scaling."
+"""What the names of tensors contain that an adapter's file has beside what was learned: where keys started, and the measured scales."""
 
 
 def prefix_tuning_folder(adapter_name: str) -> str:
@@ -176,7 +176,7 @@ def _num_parameters(folder: str) -> int | None:
         shapes = read_weights(path).shapes
     except (OSError, ValueError):
         return None
-    return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(NOT_LEARNED))
+    return sum(math.prod(shape) for name, shape in shapes.items() if not any(part in name for part in NOT_LEARNED))
 
 
 def _training_of(directory: str, data: Any) -> Training:

@@ -387,7 +387,7 @@ def _base_model_cell(adapter: SavedAdapter) -> str | None:
 def _settings(config: dict[str, Any]) -> dict[str, str | None]:
     """Return an adapter's settings as the card shows them; `None` for what is as usual."""
     reparameterization = config.get("reparameterization")
-    encoder = None if reparameterization == "none" else f"width {config.get('encoder_dim')}"
+    encoder = None if reparameterization in ("none", "log") else f"width {config.get('encoder_dim')}"
     if reparameterization == "mlp":
         hidden = config.get("encoder_hidden_size") or config.get("encoder_dim")
         encoder = f"{encoder}, hidden width {hidden}, {config.get('encoder_activation')}"

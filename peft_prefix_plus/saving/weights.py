@@ -216,7 +216,7 @@ def _check_sizes(weights: SavedWeights, fields: Mapping[str, Any]) -> None:
     direct = {"key": (None, length, None), "value": (None, length, None)}
     forms: dict[str, dict[str, Any]] = {
         "none": direct,
-        "asinh": direct,
+        "log": direct,
         "linear": {"virtual_tokens": (length, width)},
         "mlp": {"virtual_tokens": (length, width), "hidden": (("encoder_hidden_size", hidden_size), width)},
     }

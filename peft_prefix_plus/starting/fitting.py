@@ -42,6 +42,7 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
       of all layers, stacked according to what the layers share, and the projection follows by least squares. With as
       many columns in P' as there are rows, the fit is exact.
     - `"mlp"` has a random hidden layer; its learned inputs and last layer are fitted in the same way.
+    - `"log"` cannot be fitted: it learns a distance from a start of its own.
 
     Args:
         encoders (`Mapping[str, PrefixEncoder]`): All encoders of an adapter, by module name.
@@ -50,14 +51,17 @@ def fit(encoders: Mapping[str, PrefixEncoder], targets: Mapping[str, KeyValue]) 
 
     Returns:
         `dict[str, Residual]`: The residuals, by module name.
+
+    Raises:
+        ValueError: If the reparameterization cannot be fitted.
     """
     projected: dict[str, ProjectedEncoder] = {}
-    for encoder in encoders.values():
-        if not isinstance(encoder, (DirectEncoder, ProjectedEncoder)):
-            raise NotImplementedError(
-                f"{type(encoder).__name__} cannot be fitted to given keys and values: it is no subclass of ProjectedEncoder. "
-                "Use reparameterization='none', or start by `init_weights`."
-            )
+    misfits = {type(each) for each in encoders.values() if not isinstance(each, (DirectEncoder, ProjectedEncoder))}
+    if misfits:
+        raise ValueError(
+            f"This adapter's reparameterization ({misfits.pop().__name__}) cannot be fitted to given keys and values. Use "
+            "reparameterization='none', which holds any, or start by `init_weights`."
+        )
     for encoder in encoders.values():
         encoder.initialize_parameters(0.0, 0.0)
     for name, encoder in encoders.items():

@@ -192,7 +192,8 @@ def initialize_from_key_values(
     Start an adapter's prefix from given keys and values.
 
     With `reparameterization="none"` the prefix equals them. For `"linear"` and `"mlp"` the parameters are fitted in
-    closed form, by a truncated singular value decomposition and least squares, over all layers that share parameters.
+    closed form, by a truncated singular value decomposition and least squares, over all layers that share parameters. `"log"`,
+    which `PrefixPlusConfig()` resolves to, learns a distance from a start of its own and takes no other.
 
     Args:
         model (`nn.Module`): A model with the adapter.
@@ -206,7 +207,8 @@ def initialize_from_key_values(
         the difference, relative to theirs.
 
     Raises:
-        ValueError: If the model has no such adapter, or the keys and values do not fit it. The adapter is then as it was.
+        ValueError: If the model has no such adapter, the keys and values do not fit it, or its reparameterization cannot be
+            fitted. The adapter is then as it was.
     """
     encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
     if set(key_values) != set(encoders):

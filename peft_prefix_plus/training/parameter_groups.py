@@ -34,7 +34,8 @@ def prefix_plus_param_groups(
     A group's `name` is `"keys"`, `"values"`, `"gates"`, `"projection"` (P' and the network of a reparameterization) or
     `"other"` (everything else that is trainable: `modules_to_save`, other adapters). The last two groups' vectors and
     scalars, mostly biases, are in `"projection_no_decay"` and `"other_no_decay"`. These and gates have no weight
-    decay. Every trainable parameter is in one group, except the scales, whose gradient is zero. No group is empty.
+    decay. Every trainable parameter is in one group, except the scales and the starts of keys, whose gradient is zero. No group
+    is empty.
 
     Args:
         model (`nn.Module`): A model with PREFIX_PLUS adapters.

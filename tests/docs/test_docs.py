@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 
 from peft_prefix_plus import PrefixPlusConfig
 from peft_prefix_plus.attention.added import DECOUPLED_CAP
-from peft_prefix_plus.encoders import AsinhEncoder
+from peft_prefix_plus.encoders import LogEncoder
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
 from peft_prefix_plus.starting.scaling import DECOUPLED_SCALES, JOINT_SCALES
@@ -72,7 +72,7 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method
     assert f"a ridge of {RIDGE:g}" in method and f"have a standard deviation of {SPREAD:g}," in method
     assert f"{DECOUPLED_CAP:g} \\tanh(x / {DECOUPLED_CAP:g})" in method
-    assert f"c = {AsinhEncoder.KNEE:g}" in method
+    assert rf"a = {LogEncoder.REACH:g} \quad r = {LogEncoder.KNEE:g}" in method
 
 
 def test_troubleshooting_has_the_messages_as_they_are() -> None:

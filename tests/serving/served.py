@@ -74,7 +74,7 @@ def save_adapter(model_directory: Path, directory: Path, seed: int, **fields: An
     base = AutoModelForCausalLM.from_pretrained(model_directory)
     fields = {"decoupled": False, "position_free": False, "init_weights": False, "task_type": "CAUSAL_LM", **fields}
     model = get_peft_model(base, PrefixPlusConfig(**fields))
-    if fields.get("reparameterization") == "asinh":  # which starts with values of zero
+    if fields.get("reparameterization") == "log":  # which starts with values of zero
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith((".default.key", ".default.value")):

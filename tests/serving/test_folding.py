@@ -52,8 +52,8 @@ def logits_with_cache(base: PreTrainedModel, prefix: FoldedPrefix, tokens: torch
 )  # fmt: skip
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"reparameterization": "mlp", "sharing": "all"}, {"reparameterization": "asinh", "init_weights": True}],
-    ids=["none", "mlp", "asinh"],
+    [{}, {"reparameterization": "mlp", "sharing": "all"}, {"reparameterization": "log", "init_weights": True}],
+    ids=["none", "mlp", "log"],
 )
 def test_a_text_behind_the_cached_prefix_has_the_adapters_logits(
     tmp_path: Path, sizes: dict[str, Any], fields: dict[str, Any]
