@@ -73,7 +73,7 @@ class PrefixPlusModel(BaseTuner):
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
     >>> model = get_peft_model(model, PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
     >>> model.print_trainable_parameters()
-    trainable params: 2,822 || all params: 97,862 || trainable%: 2.8837
+    trainable params: 2,824 || all params: 97,864 || trainable%: 2.8856
 
     ```
     """

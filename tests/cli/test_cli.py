@@ -376,7 +376,7 @@ def test_params_counts_what_the_formulas_say(tmp_path: Path, capsys: pytest.Capt
     scales, offsets = num_layers * SCALING_SIZE, num_layers * size // 2
     learned = {
         ("none", ""): num_layers * length * size,
-        ("log", ""): num_layers * (length * size + size),
+        ("log", ""): num_layers * (length * size + size + 1),
         ("linear", "none"): num_layers * (virtual_tokens + output),
         ("linear", "input"): virtual_tokens + num_layers * output,
         ("linear", "projection"): num_layers * virtual_tokens + output,

@@ -173,6 +173,14 @@ def test_the_metadata_say_where_the_prefix_belongs(tmp_path: Path) -> None:
     assert known == ("CAUSAL_LM", "org/base", "abc", ["model.layers.1.self_attn"])
 
 
+def test_no_reparameterization_is_one_that_holds_any_keys(tmp_path: Path) -> None:
+    model = adapted(decoupled=True)
+    to_key_values(model, path=tmp_path)
+    loaded = from_key_values(tmp_path, build(), reparameterization=None).eval()
+    config: Any = loaded.peft_config["default"]
+    assert config.reparameterization == "none" and torch.equal(logits(loaded), logits(model))
+
+
 def test_a_reparameterization_is_fitted_and_refused_where_it_is_not_exact(tmp_path: Path) -> None:
     model = adapted()
     expected = logits(model)

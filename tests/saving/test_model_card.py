@@ -114,6 +114,14 @@ def test_the_card_has_the_settings_of_the_adapter(tmp_path):
     assert "| Layers | -1, 0 |" in text
 
 
+@pytest.mark.parametrize("reparameterization", ["none", "log"])
+def test_the_card_of_a_prefix_without_a_projection_names_none(reparameterization, tmp_path):
+    adapted(reparameterization=reparameterization).save_pretrained(tmp_path)
+    text = card_of(tmp_path)
+    assert f"| Reparameterization | `{reparameterization}` |" in text
+    assert "Sharing between layers" not in text
+
+
 TASKS = [
     ("CAUSAL_LM", llama, "AutoModelForCausalLM", "AutoPeftModelForCausalLM", "text-generation"),
     ("SEQ_2_SEQ_LM", t5, "AutoModelForSeq2SeqLM", "AutoPeftModelForSeq2SeqLM", None),
