@@ -41,7 +41,7 @@ def train(model: PeftModel, output_dir: str, max_steps: int, resume: bool) -> Tr
         save_steps=20,
         logging_steps=20,
         per_device_train_batch_size=16,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         lr_scheduler_type="constant",
         gradient_checkpointing=True,
         report_to="none",
