@@ -199,7 +199,9 @@ def write_data(settings: DemoSettings, generator: random.Random) -> list[Record]
 
 def prefix_config(settings: DemoSettings) -> PrefixPlusConfig:
     """Return the configuration of the demo's adapter."""
-    if settings.model is None:  # a model this small wants its prefix far from the start; the default's steps shrink on the way
+    if (
+        settings.model is None
+    ):  # a model this small wants its prefix far from the start; the default's steps shrink on the way
         return PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, reparameterization="none")
     return PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
 
