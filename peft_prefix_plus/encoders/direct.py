@@ -113,11 +113,11 @@ def waves(tokens: int, like: torch.Tensor) -> torch.Tensor:
     apart as at random.
     """
     # Counted in integers: an adapter's start has to be the same on every device and in compiled code.
-    frequencies = torch.arange(1, like.numel() + 1, device=like.device) * 0x9E3779 % TURN
-    frequencies = (frequencies ^ (frequencies >> 12)) * 0x85EBCB % TURN
+    frequencies = torch.arange(1, like.numel() + 1, device=like.device) * 0x9E3779 & (TURN - 1)
+    frequencies = (frequencies ^ (frequencies >> 12)) * 0x85EBCB & (TURN - 1)
     frequencies = (frequencies ^ (frequencies >> 11) | 1).view(like.shape)[:, None]
     times = torch.arange(1, tokens + 1, device=like.device)[:, None]
-    phases = (times * frequencies % TURN).to(torch.float32) * (2 * math.pi / TURN)
+    phases = (times * frequencies & (TURN - 1)).to(torch.float32) * (2 * math.pi / TURN)  # & takes the remainder
     return (math.sqrt(2) * phases.sin()).to(like.dtype)
 
 
@@ -170,7 +170,5 @@ class LogEncoder(TokenEncoder, reparameterization="log"):
         """What the prefix has moved."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         distance = torch.linalg.vector_norm(parameter, dtype=dtype) / math.sqrt(parameter.numel())
-        ratio = (distance / self.KNEE).clamp(
-            min=1e-6
-        )  # parameters of zero have no direction, but the slope of their limit
+        ratio = (distance / self.KNEE).clamp(min=1e-6)  # zero has no direction, but the slope has a limit there
         return parameter * (self.REACH / self.KNEE * ratio.log1p() / ratio).to(parameter.dtype)
