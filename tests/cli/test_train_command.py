@@ -197,7 +197,8 @@ def test_the_best_checkpoint_is_saved_and_training_stops_early(
     output = tmp_path / "adapter"
     # learning the training data makes these ones less likely, after the first steps towards the words of both
     other = write_lines(tmp_path / "other.jsonl", [{"prompt": "red table", "completion": "red cup on the table"}])
-    rate = ["--learning-rate", 30.0, "--schedule", "constant", "--max-steps", 40]
+    # with "none", whose steps stay as large as the rate
+    rate = ["--learning-rate", 30.0, "--schedule", "constant", "--max-steps", 40, "--reparameterization", "none"]
     stops = ["--early-stopping-patience", 2, "--eval-steps", 2, "--eval-data", other, "--keep-checkpoints", 50]
     run(*training(base, data, output, *rate, *stops))
     losses = {entry["step"]: entry["eval_loss"] for entry in logged(output) if "eval_loss" in entry}

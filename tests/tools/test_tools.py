@@ -87,7 +87,9 @@ def test_a_models_own_load_adapter_and_add_adapter(adapter: Path) -> None:
 def test_the_seq2seq_trainer_generates_in_its_evaluation(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     base = tiny_model("t5", "SEQ_2_SEQ_LM")
     base.generation_config.eos_token_id = base.config.eos_token_id = 0
-    model = get_peft_model(base, PrefixPlusConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4))
+    model = get_peft_model(
+        base, PrefixPlusConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4, reparameterization="none")
+    )
     rows = [{"input_ids": [5 + row, 6, 7], "labels": [8, 9, 0]} for row in range(8)]
     trainer = Seq2SeqTrainer(
         model=model,
