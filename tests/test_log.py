@@ -181,6 +181,20 @@ def test_the_start_depends_on_the_seed_and_a_long_prefix_keeps_it_in_half_precis
     torch.testing.assert_close(half.float(), starts[2], rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
 
 
+def test_what_was_computed_in_inference_serves_training_and_other_dtypes():
+    encoder = LogEncoder(3, KVShape(2, 4, 4))
+    encoder.initialize_parameters(1.0, 0.0)
+    with torch.inference_mode():
+        expected = [states.clone() for states in encoder()]
+    sum(states.sum() for states in encoder()).backward()
+    assert encoder.key.grad is not None and encoder.key.grad.all()
+    for dtype in (torch.float64, torch.float32):
+        encoder.to(dtype)
+        for found, states in zip(encoder(), expected, strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.float(), states)
+
+
 class WithoutFloat64(TorchDispatchMode):
     """A device that has no float64, as Apple's."""
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,11 +199,9 @@ def write_data(settings: DemoSettings, generator: random.Random) -> list[Record]
 
 def prefix_config(settings: DemoSettings) -> PrefixPlusConfig:
     """Return the configuration of the demo's adapter."""
-    if (
-        settings.model is None
-    ):  # a model this small wants its prefix far from the start; the default's steps shrink on the way
-        return PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, reparameterization="none")
-    return PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    config = PrefixPlusConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)
+    # a model as small as the demo's own wants its prefix far from the start, and the default's steps shrink on the way
+    return replace(config, reparameterization="none") if settings.model is None else config
 
 
 def training_settings(settings: DemoSettings, adapter: Path) -> TrainingSettings:
