@@ -136,6 +136,7 @@ class PrefixPlusModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         target_modules = config.target_modules
         with all_or_nothing(self):
+            replace(config)  # checks the fields again: they can have been set since
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
@@ -221,9 +222,10 @@ class PrefixPlusModel(BaseTuner):
         assert self._selection is not None and self._resolved is not None
         geometry = self._selection.modules[current_key]
         # made only now: PEFT takes a model that has a tuner layer at the start for one that it has frozen already
-        shares = ENCODERS[peft_config.reparameterization].shares_parts and bool(SHARED_PARTS[peft_config.sharing])
+        config = self._resolved
+        shares = ENCODERS[str(config.reparameterization)].shares_parts and bool(SHARED_PARTS[config.sharing])
         shared = shared_parts(self.model, adapter_name) if shares else nn.ModuleDict({})
-        attach(target, self.peft_config).update_layer(adapter_name, self._resolved, geometry, shared)
+        attach(target, self.peft_config).update_layer(adapter_name, config, geometry, shared)
 
     # ------------------------------------------------------------------------------------------------ adapters
 

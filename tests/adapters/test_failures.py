@@ -92,6 +92,33 @@ def test_a_selection_that_fits_nothing_is_refused_and_changes_nothing(way, field
         assert get_peft_model(tiny_model(), prefix_config()) is not None
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("init_weights", "zero", "never learns"),
+        ("num_virtual_tokens", 0, "num_virtual_tokens"),
+        ("target_modules", 3, "target_modules"),
+        ("reparameterization", "asinh", "'log', 'linear', 'mlp'"),
+    ],
+)
+def test_a_field_set_later_is_checked_when_the_adapter_is_made(field, value, expected):
+    model, config = tiny_model("llama"), PrefixPlusConfig()
+    setattr(config, field, value)
+    with unchanged(model), pytest.raises((TypeError, ValueError), match=expected):
+        get_peft_model(model, config)
+
+
+def test_a_field_set_later_to_its_default_means_what_it_means_in_a_new_configuration():
+    config = PrefixPlusConfig(reparameterization="mlp")
+    config.reparameterization = None
+    model = get_peft_model(tiny_model("llama"), config)
+    assert model.base_model.resolved_config().reparameterization == PrefixPlusConfig().reparameterization == "log"
+    assert (
+        adapter_parameters(model).keys()
+        == adapter_parameters(get_peft_model(tiny_model("llama"), PrefixPlusConfig())).keys()
+    )
+
+
 def test_encoder_and_cross_attention_switched_off_can_leave_nothing():
     model = tiny_model("t5", "SEQ_2_SEQ_LM")
     fields = {"target_modules": ["EncDecAttention"], "cross_prefix": False}
