@@ -59,7 +59,7 @@ def trained(base: Any, places: dict[str, Place], options: argparse.Namespace) ->
         arguments = TrainingArguments(
             output_dir=str(run_directory(options) / name.replace(" ", "-")),
             max_steps=options.steps,
-            learning_rate=3e-3,
+            learning_rate=6e-3,
             per_device_train_batch_size=4,
             save_steps=10,
             save_total_limit=2,

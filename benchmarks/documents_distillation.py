@@ -61,10 +61,10 @@ class Method:
 
 
 METHODS = {
-    "PREFIX_PLUS": Method(3e-3, "attention"),
-    "PREFIX_PLUS, start: first": Method(3e-3, "first"),
-    "PREFIX_PLUS, frozen sink": Method(3e-3, "attention", keeps_sink=True),
-    "PREFIX_PLUS, position-free": Method(3e-3, "attention", position_free=True),
+    "PREFIX_PLUS": Method(6e-3, "attention"),
+    "PREFIX_PLUS, start: first": Method(6e-3, "first"),
+    "PREFIX_PLUS, frozen sink": Method(6e-3, "attention", keeps_sink=True),
+    "PREFIX_PLUS, position-free": Method(6e-3, "attention", position_free=True),
     "PREFIX_PLUS, position-free, quiet start": Method(3e-3, "config", position_free=True),
     "CARTRIDGE": Method(2e-2),
 }

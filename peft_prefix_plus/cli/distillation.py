@@ -96,7 +96,7 @@ class DistillationSettings:
             "help": "Adapters of other documents that are active too in some steps: directories, separated by commas."
         },
     )
-    learning_rate: float = field(default=3e-3, metadata={"help": "The highest learning rate."})
+    learning_rate: float = field(default=6e-3, metadata={"help": "The highest learning rate."})
     schedule: str = field(
         default="linear",
         metadata={"help": "How the learning rate falls: linear, cosine, constant, … (transformers' names)."},

@@ -17,6 +17,7 @@ from ..layer import PrefixPlusLayer
 from .compaction import AttentionResidual, Reading, compact, matching_error
 from .fitting import KeyValue, Residual, fit
 from .reading import PIECE, read, read_again
+from .scaling import scale_as_given
 
 
 METHODS = ("first", "attention")
@@ -155,7 +156,7 @@ def _match_attention(
 
     pieces = [token_ids[start : start + PIECE] for start in range(0, len(token_ids), PIECE)]
     read_again(base, token_ids, [*pieces, *prompts], key_values, unrotated, use)
-    initialize_from_key_values(model, compacted, adapter_name)
+    _start(model, adapter_name, compacted, scaled_to=key_values)
     with torch.no_grad():
         return {
             name: matching_error(measured[name], *layer.prefix_key_value(adapter_name))
@@ -195,6 +196,8 @@ def initialize_from_key_values(
     closed form, by a truncated singular value decomposition and least squares, over all layers that share parameters. `"log"`,
     which `PrefixPlusConfig()` resolves to, learns a distance from a start of its own and takes no other.
 
+    With `prefix_scaling=None`, the scale of a joint or gated prefix is set anew to suit them: half of what it is for a random start.
+
     Args:
         model (`nn.Module`): A model with the adapter.
         key_values (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`): What [`prefix_key_values`] returns: for each
@@ -210,6 +213,13 @@ def initialize_from_key_values(
         ValueError: If the model has no such adapter, the keys and values do not fit it, or its reparameterization cannot be
             fitted. The adapter is then as it was.
     """
+    return _start(model, adapter_name, key_values, scaled_to=key_values)
+
+
+def _start(
+    model: nn.Module, adapter_name: str, key_values: Mapping[str, KeyValue], scaled_to: Mapping[str, KeyValue]
+) -> dict[str, Residual]:
+    """Start an adapter's prefix from keys and values, on a scale that suits those of `scaled_to`."""
     encoders = {name: layer.encoder(adapter_name) for name, layer in layers_with_adapter(model, adapter_name)}
     if set(key_values) != set(encoders):
         odd = sorted(set(key_values).symmetric_difference(encoders))
@@ -233,5 +243,10 @@ def initialize_from_key_values(
                     )
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
+    configs: Any = base_of(model).peft_config
+    config = configs[adapter_name]
     with all_or_nothing(model, adapter_name=adapter_name):
+        if config.prefix_scaling is None and not config.decoupled:
+            for name, encoder in encoders.items():
+                scale_as_given(encoder, *scaled_to[name])
         return fit(encoders, key_values)

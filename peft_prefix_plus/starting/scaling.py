@@ -28,6 +28,10 @@ DECOUPLED_SCALES = 4.0, 4.0
 """Standard deviations of the base model's keys, and values, that a parameter of 1 stands for with `prefix_scaling=None`, by
 whether the prefix has a softmax. Measured: docs/quality.md."""
 
+GIVEN_SCALES = 8.0, 8.0
+"""The same for a prefix with a softmax that starts from given keys and values, in their own standard deviations: what is good already
+wants smaller steps."""
+
 
 def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: AttentionGeometry) -> None:
     """
@@ -56,6 +60,19 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
         if not config.gating:  # values of zero would leave a closed gate without a gradient
             value_std = 0.0
     encoder.initialize_parameters(key_std, value_std)
+
+
+def scale_as_given(encoder: PrefixEncoder, key: torch.Tensor, value: torch.Tensor) -> None:
+    """
+    Set an encoder's scale to suit the keys and values that its prefix is about to start from.
+
+    Args:
+        encoder (`PrefixEncoder`): The encoder of one attention module, whose `prefix_scaling` is `None`.
+        key (`torch.Tensor`): The keys, (heads, tokens, key_dim).
+        value (`torch.Tensor`): The values, (heads, tokens, value_dim).
+    """
+    pairs = zip(GIVEN_SCALES, (key, value), strict=True)
+    encoder.scaling.set(*(scale * _power_of_two(spread(states)) for scale, states in pairs))
 
 
 def _power_of_two(number: float) -> float:

@@ -143,7 +143,7 @@ def default_arguments(output_dir: str | Path) -> TrainingArguments:
     """Return the Trainer's arguments that are used where only the output directory is given."""
     return TrainingArguments(
         output_dir=str(output_dir),
-        learning_rate=3e-3,
+        learning_rate=6e-3,
         per_device_train_batch_size=4,
         num_train_epochs=1,
         save_steps=50,

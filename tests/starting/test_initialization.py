@@ -141,6 +141,43 @@ def test_a_given_scale_is_that_of_keys_and_values_everywhere(scaling):
         assert torch.equal(layer.encoder("default").scaling.values, torch.tensor([scaling, scaling]))
 
 
+def given(model: torch.nn.Module, size: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values for an adapter to start from: the keys of about this size, the values four times as large."""
+    torch.manual_seed(5)
+    return {
+        name: (torch.randn_like(key) * size, torch.randn_like(value) * 4 * size)
+        for name, (key, value) in prefix_key_values(model).items()
+    }
+
+
+@pytest.mark.parametrize("fields", [{}, {"gating": True}, {"reparameterization": "mlp", "encoder_dim": 40}])
+def test_given_keys_and_values_bring_a_scale_of_their_own(fields):
+    model = prefixed(uneven_model(), num_virtual_tokens=9, **fields)
+    for size in (8.0, 0.25, 8.0):  # twice is as once
+        key_values = given(model, size)
+        initialize_from_key_values(model, key_values)
+        expected = [tuple(8 * next_power_of_two(median_std(part)) for part in pair) for pair in key_values.values()]
+        assert scalings(model) == expected
+        assert_same_start(prefix_key_values(model), key_values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{"decoupled": True, "reparameterization": "none"}, {"prefix_scaling": 3.0}])
+def test_given_keys_and_values_leave_a_scale_that_is_not_for_them(fields):
+    model = prefixed(uneven_model(), **fields)
+    before = scalings(model)
+    initialize_from_key_values(model, given(model, 8.0))
+    assert scalings(model) == before
+
+
+def test_a_start_that_fails_leaves_the_scale(monkeypatch):
+    model = prefixed(uneven_model())
+    before = scalings(model)
+    monkeypatch.setattr("peft_prefix_plus.starting.initialization.fit", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        initialize_from_key_values(model, given(model, 8.0))
+    assert scalings(model) == before
+
+
 STARTS = (True, "random", "zero", "activations")
 SHARED_PROJECTIONS = [(encoder, sharing) for encoder, sharing in ENCODERS if sharing in ("projection", "all")]
 OWN_PROJECTIONS = [each for each in ENCODERS if each not in SHARED_PROJECTIONS]
