@@ -99,8 +99,9 @@ class PrefixPlusConfig(PeftConfig):
         prefix_scaling (`float`, *optional*):
             Factor on the encoder's output. `None` means one factor for keys and one for values, measured in each
             attention module: 16 and 16 (4 and 4 if `decoupled`) times the power of two nearest to the standard
-            deviation of its own keys, or values. A prefix then trains well at learning rates that suit LoRA; use lower
-            ones for longer training.
+            deviation of its own keys, or values; for `"linear"` and `"mlp"` a quarter of that (an eighth if `decoupled`);
+            after a start from given keys and values half. A prefix then trains well at learning rates that suit LoRA;
+            use lower ones for longer training.
         gating (`bool`, defaults to `False`):
             Add the prefix's own attention, scaled by tanh of a gate per head that starts at zero, to the untouched
             attention of the base model (LLaMA-Adapter, arXiv 2303.16199). At the start this is exactly the base model.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..encoders import PrefixEncoder
+from ..encoders import PrefixEncoder, ProjectedEncoder
 from ..probing.geometry import spread
 from .quiet import key_units
 
@@ -32,6 +32,10 @@ GIVEN_SCALES = 8.0, 8.0
 """The same for a prefix with a softmax that starts from given keys and values, in their own standard deviations: what is good already
 wants smaller steps."""
 
+PROJECTED_JOINT = 1 / 4
+PROJECTED_DECOUPLED = 1 / 8
+"""What a projection has of these scales: all of its weights move every token, and each by about the learning rate."""
+
 
 def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: AttentionGeometry) -> None:
     """
@@ -47,7 +51,8 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
     stds = (spread(geometry.key), spread(geometry.value))
     if config.prefix_scaling is None:
         scales = DECOUPLED_SCALES if config.decoupled else JOINT_SCALES
-        scaling = [scale * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
+        share = _share(encoder, bool(config.decoupled))
+        scaling = [scale * share * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
     else:
         scaling = [config.prefix_scaling] * 2
     encoder.scaling.set(*scaling)
@@ -67,12 +72,19 @@ def scale_as_given(encoder: PrefixEncoder, key: torch.Tensor, value: torch.Tenso
     Set an encoder's scale to suit the keys and values that its prefix is about to start from.
 
     Args:
-        encoder (`PrefixEncoder`): The encoder of one attention module, whose `prefix_scaling` is `None`.
+        encoder (`PrefixEncoder`): The encoder of one attention module of a joint or gated prefix, whose `prefix_scaling` is `None`.
         key (`torch.Tensor`): The keys, (heads, tokens, key_dim).
         value (`torch.Tensor`): The values, (heads, tokens, value_dim).
     """
-    pairs = zip(GIVEN_SCALES, (key, value), strict=True)
-    encoder.scaling.set(*(scale * _power_of_two(spread(states)) for scale, states in pairs))
+    share, pairs = _share(encoder, False), zip(GIVEN_SCALES, (key, value), strict=True)
+    encoder.scaling.set(*(scale * share * _power_of_two(spread(states)) for scale, states in pairs))
+
+
+def _share(encoder: PrefixEncoder, is_decoupled: bool) -> float:
+    """What an encoder has of the scale of a prefix that is itself the parameter."""
+    if not isinstance(encoder, ProjectedEncoder):
+        return 1.0
+    return PROJECTED_DECOUPLED if is_decoupled else PROJECTED_JOINT
 
 
 def _power_of_two(number: float) -> float:

@@ -20,7 +20,13 @@ from peft_prefix_plus.attention.added import DECOUPLED_CAP
 from peft_prefix_plus.encoders import LogEncoder
 from peft_prefix_plus.layer import GATE_SCALE
 from peft_prefix_plus.starting.quiet import LOUD, QUIET_SHARE, RIDGE, SPREAD
-from peft_prefix_plus.starting.scaling import DECOUPLED_SCALES, JOINT_SCALES
+from peft_prefix_plus.starting.scaling import (
+    DECOUPLED_SCALES,
+    GIVEN_SCALES,
+    JOINT_SCALES,
+    PROJECTED_DECOUPLED,
+    PROJECTED_JOINT,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +73,11 @@ def test_numbers_of_the_scale_and_the_start_are_those_of_the_code() -> None:
     joint, decoupled = ("{:g} and {:g}".format(*scales) for scales in (JOINT_SCALES, DECOUPLED_SCALES))
     assert "The scale is {:g} for keys and {:g} for values in the decoupled form".format(*DECOUPLED_SCALES) in method
     assert f"{joint} in the others" in method
+    assert (
+        f"1/{1 / PROJECTED_DECOUPLED:g} of it in the decoupled form and 1/{1 / PROJECTED_JOINT:g} in the others"
+        in method
+    )
+    assert {2 * given for given in GIVEN_SCALES} == set(JOINT_SCALES) and "it has half" in method
     assert f"{joint} ({decoupled} if `decoupled`)" in docstring
     assert f"{GATE_SCALE:g} times" in method and f"{GATE_SCALE:g} times" in docstring
     assert f"- {-math.log(QUIET_SHARE):g} - \\log L_p" in method and f"above {LOUD:g} times $e^{{-8}}$" in method

@@ -128,10 +128,13 @@ def test_layers_of_different_spread_have_scales_of_their_own():
     assert uneven[1] == (plain[1][0] * 8, plain[1][1] / 4)
 
 
+@pytest.mark.parametrize(("is_decoupled", "share"), [(False, 1 / 4), (True, 1 / 8)])
 @EACH_ENCODER
-def test_the_scale_is_the_same_for_every_encoder(reparameterization, sharing):
-    model = prefixed(uneven_model(), reparameterization=reparameterization, sharing=sharing)
-    assert scalings(model) == scalings(prefixed(uneven_model()))
+def test_a_projection_has_a_fixed_share_of_the_scale(reparameterization, sharing, is_decoupled, share):
+    fields = dict(reparameterization=reparameterization, sharing=sharing, decoupled=is_decoupled)
+    share = share if reparameterization in ("linear", "mlp") else 1.0
+    direct = scalings(prefixed(uneven_model(), reparameterization="none", decoupled=is_decoupled))
+    assert scalings(prefixed(uneven_model(), **fields)) == [(share * key, share * value) for key, value in direct]
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1.0, 300.0])
@@ -150,13 +153,17 @@ def given(model: torch.nn.Module, size: float) -> dict[str, tuple[torch.Tensor, 
     }
 
 
-@pytest.mark.parametrize("fields", [{}, {"gating": True}, {"reparameterization": "mlp", "encoder_dim": 40}])
-def test_given_keys_and_values_bring_a_scale_of_their_own(fields):
+@pytest.mark.parametrize(
+    ("fields", "scale"), [({}, 8), ({"gating": True}, 8), ({"reparameterization": "mlp", "encoder_dim": 40}, 2)]
+)
+def test_given_keys_and_values_bring_a_scale_of_their_own(fields, scale):
     model = prefixed(uneven_model(), num_virtual_tokens=9, **fields)
     for size in (8.0, 0.25, 8.0):  # twice is as once
         key_values = given(model, size)
         initialize_from_key_values(model, key_values)
-        expected = [tuple(8 * next_power_of_two(median_std(part)) for part in pair) for pair in key_values.values()]
+        expected = [
+            tuple(scale * next_power_of_two(median_std(part)) for part in pair) for pair in key_values.values()
+        ]
         assert scalings(model) == expected
         assert_same_start(prefix_key_values(model), key_values, rtol=1e-3, atol=1e-3)
 
