@@ -136,12 +136,13 @@ class PrefixPlusModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         target_modules = config.target_modules
         with all_or_nothing(self):
-            replace(config)  # checks the fields again: they can have been set since
+            resolved = replace(config)  # which checks the fields again: they can have been set since
             if state_dict is None:
                 self._selection = select_modules(model, config)
             else:
                 self._selection = select_saved_modules(model, config, state_dict)
-            self._resolved = replace(config, position_free=resolve_position_free(model, config, self._selection))
+            resolved.position_free = resolve_position_free(model, config, self._selection)
+            self._resolved = resolved
             for name in self._selection.modules:
                 module = model.get_submodule(name)
                 if calls_attention_interface(module):

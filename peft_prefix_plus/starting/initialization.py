@@ -244,9 +244,7 @@ def _start(
                 if not bool(given.isfinite().all()):
                     raise ValueError(f"The {kind} of {name} must be finite numbers; some are not.")
     configs: Any = base_of(model).peft_config
-    config = configs[adapter_name]
     with all_or_nothing(model, adapter_name=adapter_name):
-        if config.prefix_scaling is None and not config.decoupled:
-            for name, encoder in encoders.items():
-                scale_as_given(encoder, *scaled_to[name])
+        for name, encoder in encoders.items():
+            scale_as_given(encoder, configs[adapter_name], *scaled_to[name])
         return fit(encoders, key_values)

@@ -50,9 +50,8 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
     """
     stds = (spread(geometry.key), spread(geometry.value))
     if config.prefix_scaling is None:
-        scales = DECOUPLED_SCALES if config.decoupled else JOINT_SCALES
-        share = _share(encoder, bool(config.decoupled))
-        scaling = [scale * share * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
+        form = (DECOUPLED_SCALES, PROJECTED_DECOUPLED) if config.decoupled else (JOINT_SCALES, PROJECTED_JOINT)
+        scaling = _measured_scaling(encoder, stds, *form)
     else:
         scaling = [config.prefix_scaling] * 2
     encoder.scaling.set(*scaling)
@@ -67,24 +66,28 @@ def scale_and_start(encoder: PrefixEncoder, config: PrefixPlusConfig, geometry: 
     encoder.initialize_parameters(key_std, value_std)
 
 
-def scale_as_given(encoder: PrefixEncoder, key: torch.Tensor, value: torch.Tensor) -> None:
+def scale_as_given(encoder: PrefixEncoder, config: PrefixPlusConfig, key: torch.Tensor, value: torch.Tensor) -> None:
     """
-    Set an encoder's scale to suit the keys and values that its prefix is about to start from.
+    Set an encoder's scale to suit the keys and values that its prefix is about to start from, if the prefix has a softmax and its scale
+    is a measured one.
 
     Args:
-        encoder (`PrefixEncoder`): The encoder of one attention module of a joint or gated prefix, whose `prefix_scaling` is `None`.
+        encoder (`PrefixEncoder`): The encoder of one attention module.
+        config (`PrefixPlusConfig`): Its adapter's configuration.
         key (`torch.Tensor`): The keys, (heads, tokens, key_dim).
         value (`torch.Tensor`): The values, (heads, tokens, value_dim).
     """
-    share, pairs = _share(encoder, False), zip(GIVEN_SCALES, (key, value), strict=True)
-    encoder.scaling.set(*(scale * share * _power_of_two(spread(states)) for scale, states in pairs))
+    if config.prefix_scaling is None and not config.decoupled:
+        stds = (spread(key), spread(value))
+        encoder.scaling.set(*_measured_scaling(encoder, stds, GIVEN_SCALES, PROJECTED_JOINT))
 
 
-def _share(encoder: PrefixEncoder, is_decoupled: bool) -> float:
-    """What an encoder has of the scale of a prefix that is itself the parameter."""
-    if not isinstance(encoder, ProjectedEncoder):
-        return 1.0
-    return PROJECTED_DECOUPLED if is_decoupled else PROJECTED_JOINT
+def _measured_scaling(
+    encoder: PrefixEncoder, stds: tuple[float, float], scales: tuple[float, float], projected: float
+) -> list[float]:
+    """The factors on keys and on values of these standard deviations: `scales`, of which a projection has the share `projected`."""
+    share = projected if isinstance(encoder, ProjectedEncoder) else 1.0
+    return [scale * share * _power_of_two(std) for scale, std in zip(scales, stds, strict=True)]
 
 
 def _power_of_two(number: float) -> float:
